@@ -1,0 +1,120 @@
+"""AhaWam: planner -> context of the current frame -> router -> executor. The composition, nothing else."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ahawam_jax.models.config import ModelConfig
+from ahawam_jax.models.dit import dense, partitioned
+from ahawam_jax.models.executor import Executor
+from ahawam_jax.models.memory import PlannerContext, PlannerMemory
+from ahawam_jax.models.planner import Planner, PlannerOutput, frame_causal_mask
+from ahawam_jax.models.router import ObservationQueries, Router
+
+ACTION_BRANCH = 1  # row of the branch embedding that action tokens get; the release never uses row 0
+
+
+class AhaWam(nn.Module):
+    """The whole model. `plan` and `refresh` run at the planner's rate, `route` and `act` at the executor's."""
+
+    config: ModelConfig
+
+    def setup(self):
+        cfg = self.config
+        self.planner = Planner(cfg)
+        self.observation_queries = ObservationQueries(cfg)
+        self.router = Router(cfg)
+        self.state_encoder = dense(cfg.text_dim, (None, "embed"), name="state_encoder", dtype=jnp.dtype(cfg.dtype))
+        self.executor = Executor(cfg)
+        init = partitioned(nn.initializers.normal(0.02), (None, "embed"))
+        self.branch_embedding = self.param("branch_embedding", init, (2, cfg.executor_dim))
+
+    def plan(
+        self,
+        latents: jax.Array,
+        times: jax.Array,
+        positions: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array,
+        memory: PlannerMemory | None = None,
+    ) -> PlannerOutput:
+        """The planner over a clip, frame-causal (Eq. 2): latents [B, c, F, h, w], times and positions [B, F]."""
+        tokens = latents.shape[3] * latents.shape[4] // 4
+        mask = frame_causal_mask(latents.shape[2], tokens)
+        return self.planner(latents, times, positions, text, text_mask, mask, memory)
+
+    def recall(
+        self, latents: jax.Array, positions: jax.Array, valid: jax.Array, text: jax.Array, text_mask: jax.Array
+    ) -> PlannerMemory:
+        """Memory of a training sample: one clean, frame-causal pass over its history, without gradient (Eq. 13).
+
+        latents [B, c, W, h, w], positions [B, W], valid [B, W] bool; frames that are not valid are hidden.
+        """
+        tokens = latents.shape[3] * latents.shape[4] // 4
+        mask = frame_causal_mask(latents.shape[2], tokens, valid)
+        out = self.planner(latents, jnp.zeros(positions.shape), positions, text, text_mask, mask)
+        return jax.lax.stop_gradient(PlannerMemory(out.context, valid))
+
+    def refresh(
+        self, latents: jax.Array, position: jax.Array, text: jax.Array, text_mask: jax.Array, memory: PlannerMemory
+    ) -> tuple[PlannerContext, PlannerMemory]:
+        """One planner refresh at deployment: the new frame reads the memory, then joins it.
+
+        latents [B, c, 1, h, w], position [B] -> context [L, B, 1, S, N, H] and the memory for the next refresh.
+        """
+        position = position[:, None]
+        out = self.plan(latents, jnp.zeros(position.shape), position, text, text_mask, memory)
+        return out.context, memory.push(out.context)
+
+    def route(self, context: PlannerContext, observation_latents: jax.Array) -> PlannerContext:
+        """OVCR (Eq. 8-10): context [L, B, 1, S, N, H], latents [B, C, c, 1, h, w] -> [L, B, C, S, N, H]."""
+        return self.router(self.observation_queries(observation_latents), context)
+
+    def act(
+        self,
+        actions: jax.Array,
+        times: jax.Array,
+        positions: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array,
+        states: jax.Array,
+        routed: PlannerContext,
+    ) -> jax.Array:
+        """The executor (Eq. 3): actions [B, C, T, d], times [B, C], positions [C, T], states [B, C, p]."""
+        tokens = self.state_encoder(states)
+        branch = self.branch_embedding[ACTION_BRANCH]
+        return self.executor(actions, times, positions, text, text_mask, tokens, routed, branch)
+
+    def __call__(self, latents, observation_latents, actions, states, text, text_mask) -> None:
+        """Touches every parameter once; used to initialise and to count."""
+        batch, _, frames = latents.shape[:3]
+        chunks, length = actions.shape[1:3]
+        zeros = jnp.zeros((batch, frames))
+        planned = self.plan(latents, zeros, zeros, text, text_mask)
+        routed = self.route(planned.context.frame(0), observation_latents)
+        self.act(actions, jnp.zeros((batch, chunks)), jnp.zeros((chunks, length)), text, text_mask, states, routed)
+
+
+def init(model: AhaWam, key: jax.Array) -> Any:
+    """Fresh parameters, boxed with their logical axis names. Sizes do not depend on image or clip size."""
+    cfg = model.config
+    f32 = jnp.float32
+    latents = jnp.zeros((1, cfg.latent_channels, 1, 2, 2), f32)
+    actions = jnp.zeros((1, 1, cfg.chunk, cfg.action_dim), f32)
+    states = jnp.zeros((1, 1, cfg.state_dim), f32)
+    text, text_mask = jnp.zeros((1, 1, cfg.text_dim), f32), jnp.ones((1, 1), bool)
+    return model.init(key, latents, latents[:, None], actions, states, text, text_mask)["params"]
+
+
+def abstract_params(config: ModelConfig) -> Any:
+    """Shapes, dtypes and logical axes of every parameter, without allocating anything."""
+    return jax.eval_shape(lambda key: init(AhaWam(config), key), jax.ShapeDtypeStruct((2,), jnp.uint32))
+
+
+def empty_memory(config: ModelConfig, batch: int, tokens: int) -> PlannerMemory:
+    """A memory without frames, for a scene of `tokens` planner tokens a frame."""
+    shape = (config.num_layers, batch, 1, tokens, config.num_heads, config.head_dim)
+    zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
+    return PlannerMemory.empty(PlannerContext(zeros, zeros), config.memory_frames)

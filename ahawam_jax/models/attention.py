@@ -1,0 +1,92 @@
+"""RMSNorm, rotary embeddings and masked attention, shared by planner, router and executor.
+
+Axis letters: B batch, S tokens, N heads, H head width. Norms, angles and softmax are float32 whatever the inputs.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROTARY_BASE = 10000.0
+MASKED = -1e30  # finite, so that a fully masked row has finite gradients
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over all heads at once. x [..., N, H], scale [N, H] -> [..., N, H], dtype of x."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=(-2, -1), keepdims=True) + eps)
+    return (y * scale).astype(x.dtype)
+
+
+def standardize(x: jax.Array, eps: float) -> jax.Array:
+    """Zero mean and unit variance over the last axis, in float32."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+
+
+def phase(x: jax.Array, rates: np.ndarray) -> jax.Array:
+    """Angle x * rate in radians, reduced to one turn. x [...] float or int below 2e4, rates [R] -> [..., R] float32.
+
+    A float32 product would be off by 6e-8 * x * rate radians, 4e-5 at frame 700. In turns, with the rate split
+    into a coarse part whose product with an integer is exact and a remainder, the error stays near 1e-6.
+    """
+    turns = np.asarray(rates, np.float64) / (2 * math.pi)
+    coarse = np.round(turns * 4096) / 4096
+    rest = jnp.asarray(turns - coarse, jnp.float32)
+    coarse = jnp.asarray(coarse, jnp.float32)
+    x = jnp.asarray(x, jnp.float32)[..., None]
+    whole = jnp.floor(x)
+    exact = whole * coarse
+    return 2 * math.pi * ((exact - jnp.floor(exact)) + (x - whole) * coarse + x * rest)
+
+
+def rotary_rates(width: int) -> np.ndarray:
+    """Radians per position of a rotary embedding over `width` features, float64 [width / 2]."""
+    return ROTARY_BASE ** (-np.arange(0, width, 2) / width)
+
+
+def rotary_angles_1d(positions: jax.Array, head_dim: int) -> jax.Array:
+    """Angles of action tokens. positions [..., T] -> [..., T, H/2] float32 radians."""
+    return phase(positions, rotary_rates(head_dim))
+
+
+def rotary_angles_3d(frames: jax.Array, rows: int, columns: int, head_dim: int) -> jax.Array:
+    """Angles of video tokens; rows and columns get floor(H/3) features each, time the rest.
+
+    frames [B, F] latent-frame positions -> [B, F, rows * columns, H/2] float32 radians.
+    """
+    side = head_dim // 3
+    time = phase(frames, rotary_rates(head_dim - 2 * side))[:, :, None, None]
+    row = phase(jnp.arange(rows), rotary_rates(side))[None, None, :, None]
+    column = phase(jnp.arange(columns), rotary_rates(side))[None, None, None]
+    grid = (*frames.shape, rows, columns)
+    angles = jnp.concatenate([jnp.broadcast_to(a, (*grid, a.shape[-1])) for a in (time, row, column)], -1)
+    return angles.reshape(*frames.shape, rows * columns, head_dim // 2)
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Turns neighbouring feature pairs (2i, 2i+1) of every head. x [..., S, N, H], angles [..., S, H/2]."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Softmax attention. A query whose mask allows nothing returns 0, with gradient 0.
+
+    q [..., S, N, H], k and v [..., K, N, H], mask broadcastable to [..., S, K], True where allowed
+    -> [..., S, N, H] in the dtype of v.
+    """
+    scores = jnp.einsum("...qnh,...knh->...nqk", q, k, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(q.shape[-1])
+    if mask is None:
+        weights = jax.nn.softmax(scores, -1)
+    else:
+        mask = mask[..., None, :, :]
+        weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, MASKED), -1), 0.0)
+    return jnp.einsum("...nqk,...knh->...qnh", weights.astype(v.dtype), v)

@@ -1,0 +1,207 @@
+"""What the planner's and the executor's diffusion transformers share: embeddings, modulation, block.
+
+Tokens come in groups, x [B, G, S, D]: a group is a latent frame for the planner (G = F) and a chunk for the
+executor (G = C). All tokens of a group share one diffusion time, so modulation is per group, [B, G, 6, D].
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ahawam_jax.models.attention import attention, phase, rms_norm, rotate, standardize
+
+SMALL_NET_EPS = 1e-5  # LayerNorm epsilon outside the two transformers
+RESIDUAL_AXES = ("batch", None, None, "activation_embed")
+
+Axes = tuple[str | None, ...]
+
+
+def partitioned(init: Callable, axes: Axes) -> Callable:
+    """An initialiser whose parameter carries logical axis names."""
+    return nn.with_logical_partitioning(init, axes)
+
+
+def dense(features: int | tuple[int, ...], axes: Axes, *, name: str, dtype: Any, axis: int | tuple[int, ...] = -1,
+          kernel_init: Callable | None = None) -> nn.DenseGeneral:  # fmt: skip
+    """A linear layer with bias. `axes` names the kernel's axes, inputs first; the bias takes the output's."""
+    outputs = features if isinstance(features, tuple) else (features,)
+    return nn.DenseGeneral(
+        features,
+        axis=axis,
+        dtype=dtype,
+        name=name,
+        kernel_init=partitioned(kernel_init or nn.initializers.xavier_uniform(), axes),
+        bias_init=partitioned(nn.initializers.zeros_init(), axes[-len(outputs) :]),
+    )
+
+
+def layer_norm(name: str, eps: float, axis: str | None = "embed") -> nn.LayerNorm:
+    """LayerNorm with scale and bias, in float32."""
+    return nn.LayerNorm(
+        epsilon=eps,
+        dtype=jnp.float32,
+        use_fast_variance=False,
+        name=name,
+        scale_init=partitioned(nn.initializers.ones_init(), (axis,)),
+        bias_init=partitioned(nn.initializers.zeros_init(), (axis,)),
+    )
+
+
+class SmallNet(nn.Module):
+    """LayerNorm, linear, exact GELU, linear: the shape of every auxiliary network. [..., I] -> [..., features]."""
+
+    hidden: int
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = layer_norm("norm", SMALL_NET_EPS, None)(x)
+        x = nn.gelu(dense(self.hidden, ("embed", "mlp"), name="hidden", dtype=self.dtype)(x), approximate=False)
+        return dense(self.features, ("mlp", "embed"), name="out", dtype=self.dtype)(x)
+
+
+def sinusoid(times: jax.Array, width: int) -> jax.Array:
+    """Diffusion times in [0, 1000], [...] -> [..., width] float32: all cosines, then all sines."""
+    half = width // 2
+    angles = phase(times, 10000.0 ** (-np.arange(half) / half))
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+
+
+class TimeEmbedding(nn.Module):
+    """Diffusion times [B, G] -> embedding [B, G, D] and its six modulation rows [B, G, 6, D], float32."""
+
+    dim: int
+    freq_dim: int
+
+    @nn.compact
+    def __call__(self, times: jax.Array) -> tuple[jax.Array, jax.Array]:
+        normal = nn.initializers.normal(0.02)
+        x = sinusoid(times, self.freq_dim)
+        x = nn.silu(dense(self.dim, (None, "embed"), name="hidden", dtype=jnp.float32, kernel_init=normal)(x))
+        x = dense(self.dim, ("embed", "mlp"), name="out", dtype=jnp.float32, kernel_init=normal)(x)
+        rows = dense((6, self.dim), ("embed", None, "mlp"), name="modulation", dtype=jnp.float32)
+        return x, rows(nn.silu(x))
+
+
+class TextEmbedding(nn.Module):
+    """Text (and state) tokens [B, K, X] -> [B, K, D]."""
+
+    dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, text: jax.Array) -> jax.Array:
+        normal = nn.initializers.normal(0.02)
+        x = dense(self.dim, (None, "embed"), name="hidden", dtype=self.dtype, kernel_init=normal)(text)
+        x = nn.gelu(x, approximate=True)
+        return dense(self.dim, ("embed", "mlp"), name="out", dtype=self.dtype, kernel_init=normal)(x)
+
+
+@flax.struct.dataclass
+class Condition:
+    """What every block of one transformer sees besides its tokens."""
+
+    modulation: jax.Array  # [B, G, 6, D] float32
+    angles: jax.Array  # [B, G, S, H/2] float32, rotary
+    text: jax.Array  # [B, K, D] embedded text (and state) tokens
+    text_mask: jax.Array  # [B, 1 or G, K] bool
+    mask: jax.Array | None = None  # [B, S_q, S_k] bool over prefix and own tokens, or None for all
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float, dtype: Any) -> jax.Array:
+    """Adaptive layer norm: x [B, G, S, D], shift and scale [B, G, 1, D]."""
+    return (standardize(x, eps) * (1 + scale) + shift).astype(dtype)
+
+
+class Block(nn.Module):
+    """One transformer block: modulated self-attention, text cross-attention, modulated feed-forward net.
+
+    With `across_groups` every token attends over the tokens of all groups and a prefix k, v [B, M, N, H]
+    (planner: its memory); without, over its own group and that group's prefix [B, G, M, N, H]
+    (executor: the routed planner context, Eq. 3).
+    """
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    head_dim: int
+    eps: float
+    dtype: Any
+    across_groups: bool  # the planner; its k, v are handed back as well, nobody reads the executor's
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, prefix: tuple[jax.Array, jax.Array] | None, cond: Condition
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """x [B, G, S, D] -> x [B, G, S, D] and this block's own k, v [B, G, S, N, H]."""
+        heads, eps, dtype = (self.num_heads, self.head_dim), self.eps, self.dtype
+        row_init = nn.initializers.normal(self.dim**-0.5)
+        table = self.param("modulation", partitioned(row_init, (None, "embed")), (6, self.dim))
+        rows = (table + cond.modulation)[:, :, :, None]  # [B, G, 6, 1, D]
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (rows[:, :, i] for i in range(6))
+
+        def project(name: str, y: jax.Array) -> jax.Array:
+            return dense(heads, ("embed", "heads", "head_dim"), name=name, dtype=dtype)(y)
+
+        def normed(name: str, y: jax.Array) -> jax.Array:
+            ones = partitioned(nn.initializers.ones_init(), ("heads", "head_dim"))
+            return rms_norm(project(name, y), self.param(f"{name}_norm", ones, heads), eps)
+
+        def output(name: str, y: jax.Array) -> jax.Array:
+            return dense(self.dim, ("heads", "head_dim", "embed"), name=name, dtype=dtype, axis=(-2, -1))(y)
+
+        y = modulate(x, shift, scale, eps, dtype)
+        q, k = (rotate(normed(name, y), cond.angles) for name in ("q", "k"))
+        v = project("v", y)
+        mixed = self.self_attention(q, k, v, prefix, cond.mask)
+        x = x + (gate * output("o", mixed)).astype(x.dtype)
+
+        y = layer_norm("cross_norm", eps)(x).astype(dtype)
+        q = normed("cross_q", y)
+        text_k, text_v = normed("cross_k", cond.text), project("cross_v", cond.text)
+        mixed = attention(q, text_k[:, None], text_v[:, None], cond.text_mask[:, :, None])
+        x = x + output("cross_o", mixed).astype(x.dtype)
+
+        y = modulate(x, shift_ffn, scale_ffn, eps, dtype)
+        y = nn.gelu(dense(self.ffn_dim, ("embed", "mlp"), name="ffn_in", dtype=dtype)(y), approximate=True)
+        x = x + (gate_ffn * dense(self.dim, ("mlp", "embed"), name="ffn_out", dtype=dtype)(y)).astype(x.dtype)
+        x = nn.with_logical_constraint(x, RESIDUAL_AXES)
+        self.sow("intermediates", "x", x)
+        return x, (k, v) if self.across_groups else None
+
+    def self_attention(self, q, k, v, prefix, mask):
+        if self.across_groups:
+            shape = q.shape
+            q, k, v = (y.reshape(y.shape[0], -1, *y.shape[3:]) for y in (q, k, v))
+        if prefix is not None:
+            k, v = (jnp.concatenate([old.astype(new.dtype), new], -3) for old, new in zip(prefix, (k, v), strict=True))
+        mixed = attention(q, k, v, mask)
+        return mixed.reshape(shape) if self.across_groups else mixed
+
+
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def block_stack(num_layers: int, remat: str, **block: Any) -> nn.Module:
+    """L blocks scanned over a leading layer axis of parameters, prefix and returned k, v."""
+    body = Block
+    if remat != "none":
+        body = nn.remat(body, policy=REMAT[remat], prevent_cse=False)
+    scanned = nn.scan(
+        body,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),
+        length=num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(name="blocks", **block)

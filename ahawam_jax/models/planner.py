@@ -1,0 +1,147 @@
+"""Planner: the video diffusion transformer (Wan2.2-5B) and its layerwise K/V (Sec. 3.1, Eq. 2)."""
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ahawam_jax.models.attention import rotary_angles_3d
+from ahawam_jax.models.config import PATCH, ModelConfig
+from ahawam_jax.models.dit import (
+    RESIDUAL_AXES,
+    Condition,
+    TextEmbedding,
+    TimeEmbedding,
+    block_stack,
+    dense,
+    modulate,
+    partitioned,
+)
+from ahawam_jax.models.memory import PlannerContext, PlannerMemory
+
+
+def patchify(latents: jax.Array) -> jax.Array:
+    """Latents [B, c, F, h, w] -> 2x2 patches [B, F, S, c*4], S = h/2 * w/2; a patch is read as (c, dy, dx)."""
+    batch, channels, frames, height, width = latents.shape
+    x = latents.reshape(batch, channels, frames, height // PATCH, PATCH, width // PATCH, PATCH)
+    x = x.transpose(0, 2, 3, 5, 1, 4, 6)
+    return x.reshape(batch, frames, -1, channels * PATCH * PATCH)
+
+
+def unpatchify(patches: jax.Array, height: int, width: int) -> jax.Array:
+    """Patches [B, F, S, 4*c], each written as (dy, dx, c), -> latents [B, c, F, height, width]."""
+    batch, frames = patches.shape[:2]
+    x = patches.reshape(batch, frames, height // PATCH, width // PATCH, PATCH, PATCH, -1)
+    x = x.transpose(0, 6, 1, 2, 4, 3, 5)
+    return x.reshape(batch, -1, frames, height, width)
+
+
+def frame_causal_mask(frames: int, tokens: int, valid: jax.Array | None = None) -> jax.Array:
+    """Token mask in which a frame sees itself and earlier frames. [1 or B, F*S, F*S] bool.
+
+    Frames that are not `valid` [B, F] are seen by nobody and see nothing.
+    """
+    mask = jnp.tril(jnp.ones((1, frames, frames), bool))
+    if valid is not None:
+        mask = mask & valid[:, :, None] & valid[:, None, :]
+    return expand_mask(mask, tokens)
+
+
+def expand_mask(mask: jax.Array, tokens: int) -> jax.Array:
+    """Frame-to-frame mask [..., F_q, F_k] -> token-to-token [..., F_q*S, F_k*S]."""
+    return jnp.repeat(jnp.repeat(mask, tokens, -2), tokens, -1)
+
+
+@flax.struct.dataclass
+class PlannerOutput:
+    """Velocity of the latents and the layerwise context of every frame of the clip."""
+
+    velocity: jax.Array  # [B, c, F, h, w] float32
+    context: PlannerContext  # k, v [L, B, F, S, N, H]
+
+
+class Head(nn.Module):
+    """Modulated output projection. x [B, F, S, D], time [B, F, D] -> patches [B, F, S, features] float32."""
+
+    features: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+        dim = x.shape[-1]
+        table = self.param("modulation", partitioned(nn.initializers.normal(dim**-0.5), (None, "embed")), (2, dim))
+        rows = table + time[:, :, None]  # [B, F, 2, D]
+        x = modulate(x, rows[:, :, :1], rows[:, :, 1:], self.eps, jnp.float32)
+        zeros = nn.initializers.zeros_init()
+        return dense(self.features, ("embed", None), name="out", dtype=jnp.float32, kernel_init=zeros)(x)
+
+
+class Planner(nn.Module):
+    """The video DiT. One diffusion time per latent frame; the clean current frame has time 0."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        latents: jax.Array,
+        times: jax.Array,
+        positions: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array,
+        mask: jax.Array,
+        memory: PlannerMemory | None = None,
+    ) -> PlannerOutput:
+        """Runs the clip once.
+
+        Args:
+          latents: [B, c, F, h, w], h and w even.
+          times: [B, F] diffusion times in [0, 1000].
+          positions: [B, F] rotary position of each frame, in latent-frame units.
+          text: [B, K, X] text tokens; text_mask: [B, K] bool.
+          mask: [1 or B, F*S, F*S] bool, which tokens of the clip see which.
+          memory: frames every token of the clip may look back on, if any.
+        """
+        cfg = self.config
+        dtype = jnp.dtype(cfg.dtype)
+        batch, channels, frames, height, width = latents.shape
+        if channels != cfg.latent_channels or height % PATCH or width % PATCH:
+            raise ValueError(
+                f"Planner latents have shape {latents.shape}; expected [B, {cfg.latent_channels}, F, h, w] "
+                f"with h and w multiples of {PATCH}."
+            )
+        x = dense(cfg.planner_dim, (None, "embed"), name="patch_embedding", dtype=dtype)(patchify(latents))
+        x = nn.with_logical_constraint(x, RESIDUAL_AXES)
+        self.sow("intermediates", "tokens", x)
+        tokens = x.shape[2]
+        time, rows = TimeEmbedding(cfg.planner_dim, cfg.freq_dim, name="time_embedding")(times)
+        prefix = None
+        if memory is not None:
+            seen = jnp.repeat(memory.valid, tokens, -1)[:, None]  # [B, 1, W*S]
+            mask = jnp.concatenate(
+                [jnp.broadcast_to(part, (batch, frames * tokens, part.shape[-1])) for part in (seen, mask)], -1
+            )
+            prefix = tuple(y.reshape(*y.shape[:2], -1, *y.shape[4:]) for y in (memory.context.k, memory.context.v))
+        condition = Condition(
+            modulation=rows,
+            angles=rotary_angles_3d(positions, height // PATCH, width // PATCH, cfg.head_dim),
+            text=TextEmbedding(cfg.planner_dim, dtype, name="text_embedding")(text),
+            text_mask=text_mask[:, None],
+            mask=mask,
+        )
+        self.sow("intermediates", "time", time)
+        self.sow("intermediates", "condition", condition)
+        blocks = block_stack(
+            cfg.num_layers,
+            cfg.remat,
+            dim=cfg.planner_dim,
+            ffn_dim=cfg.planner_ffn_dim,
+            num_heads=cfg.num_heads,
+            head_dim=cfg.head_dim,
+            eps=cfg.norm_eps,
+            dtype=dtype,
+            across_groups=True,
+        )
+        x, (k, v) = blocks(x, prefix, condition)
+        patches = Head(PATCH * PATCH * channels, cfg.norm_eps, name="head")(x, time)
+        return PlannerOutput(unpatchify(patches, height, width), PlannerContext(k, v))

@@ -1,0 +1,164 @@
+"""The joint objective: video and action flow matching on one sample (Eq. 6-7, 12)."""
+
+import dataclasses
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from ahawam_jax import flow_matching
+from ahawam_jax.models.aha_wam import AhaWam
+
+ACTION_TIMES = ("per_chunk", "shared")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Noise laws and weights of the joint loss; defaults are the release's."""
+
+    shift: float = 5.0
+    time_law: str = "shifted_uniform"  # of the video; see flow_matching.TIME_LAWS
+    action_time_law: str = "shifted_uniform"
+    action_times: str = "per_chunk"  # each chunk draws its own time, or "shared": one for the horizon
+    video_weight: float = 1.0  # lambda of the video loss
+    action_weight: float = 1.0  # lambda of the action loss
+    loss_weight: str = "bell"  # over video times
+    action_loss_weight: str = "bell"  # over action times
+    action_draws: int = 1  # noise draws of the executor per planned observation
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("time_law", flow_matching.TIME_LAWS),
+            ("action_time_law", flow_matching.TIME_LAWS),
+            ("action_times", ACTION_TIMES),
+            ("loss_weight", flow_matching.LOSS_WEIGHTS),
+            ("action_loss_weight", flow_matching.LOSS_WEIGHTS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"objective.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}."
+                )
+
+
+@flax.struct.dataclass
+class Noise:
+    """Everything random in one evaluation of the loss."""
+
+    video: jax.Array  # like input_latents
+    video_times: jax.Array  # [B]
+    action: jax.Array  # [draws, B, C, T, d]
+    action_times: jax.Array  # [draws, B, C]
+
+
+def sample_noise(key: jax.Array, batch: dict[str, jax.Array], model: AhaWam, cfg: ObjectiveConfig) -> Noise:
+    """Draws noise and times for a batch; a pure function of the key."""
+    keys = jax.random.split(key, 4)
+    latents = batch["input_latents"]
+    size, chunks, length = latents.shape[0], batch["obs_latents"].shape[1], model.config.chunk
+    drawn = chunks if cfg.action_times == "per_chunk" else 1
+    times = flow_matching.sample_times(keys[3], (cfg.action_draws, size, drawn), cfg.action_time_law, cfg.shift)
+    return Noise(
+        video=jax.random.normal(keys[0], latents.shape),
+        video_times=flow_matching.sample_times(keys[1], (size,), cfg.time_law, cfg.shift),
+        action=jax.random.normal(keys[2], (cfg.action_draws, size, chunks, length, model.config.action_dim)),
+        action_times=jnp.broadcast_to(times, (cfg.action_draws, size, chunks)),
+    )
+
+
+def masked_mean(x: jax.Array, keep: jax.Array) -> jax.Array:
+    """Mean over axis 1 of the kept entries, 0 where nothing is kept. x and keep [B, K] -> [B]."""
+    return jnp.where(keep, x, 0.0).sum(1) / jnp.maximum(keep.sum(1), 1)
+
+
+def window(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
+    """Horizon-adaptive offset (Eq. 12): x[b, start[b] : start[b] + length]. x [B, R, ...], start [B]."""
+    return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, length))(x, start)
+
+
+def joint_loss(
+    model: AhaWam,
+    params: Any,
+    batch: dict[str, jax.Array],
+    noise: Noise,
+    cfg: ObjectiveConfig,
+    capture: bool = False,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """L = video_weight * L_video + action_weight * L_action (Eq. 6-7), averaged over the batch.
+
+    Batch keys (c latent channels, F latent frames, R action rows >= horizon + largest offset):
+      input_latents [B, c, F, h, w]; obs_latents [B, C, c, 1, h, w]; history_latents [B, W, c, 1, h, w] (optional)
+      with video_history_valid_len [B] and video_history_frame_indices [B, W], right-aligned;
+      video_temporal_position_ids [B, F]; image_is_pad [B, 1 + 4(F-1)]; context [B, K, X]; context_mask [B, K];
+      action [B, R, d]; action_is_pad [B, R]; proprio [B, R, p]; action_offset [B].
+
+    A latent frame is dropped from the loss if all four of its images are padding; a fully padded sample gives 0.
+
+    Returns the scalar loss and, by name, its parts and the predictions; with `capture` also the memory, the
+    planner output, the routed context and what the modules recorded on the way ("intermediates", by method).
+    """
+    clean = batch["input_latents"]
+    chunks, length = batch["obs_latents"].shape[1], model.config.chunk
+    text, text_mask = batch["context"], batch["context_mask"]
+
+    recorded = {}
+
+    def apply(method, *args):
+        if not capture:
+            return model.apply({"params": params}, *args, method=method)
+        out, state = model.apply({"params": params}, *args, method=method, mutable=["intermediates"])
+        recorded[method] = state["intermediates"]
+        return out
+
+    # Planner: the current frame is given, the future is noised.
+    memory = None
+    if "history_latents" in batch:
+        history = batch["history_latents"][:, :, :, 0].swapaxes(1, 2)  # [B, c, W, h, w]
+        frames = history.shape[2]
+        valid = jnp.arange(frames) >= frames - batch["video_history_valid_len"][:, None]
+        positions = batch["video_history_frame_indices"]
+        memory = apply("recall", history, positions, valid, text, text_mask)
+    future = jnp.arange(clean.shape[2]) > 0
+    noisy = jnp.where(
+        future[:, None, None], flow_matching.mix(clean, noise.video, noise.video_times), clean
+    )
+    times = noise.video_times[:, None] * future
+    planned = apply("plan", noisy, times, batch["video_temporal_position_ids"], text, text_mask, memory)
+
+    # Router, then executor: every chunk of the horizon at once.
+    routed = apply("route", planned.context.frame(0), batch["obs_latents"])
+    horizon = chunks * length
+    start = batch["action_offset"]
+    action = window(batch["action"], start, horizon).reshape(-1, chunks, length, model.config.action_dim)
+    states = window(batch["proprio"], start, horizon)[:, ::length]
+    keep = ~window(batch["action_is_pad"], start, horizon)
+    positions = jnp.arange(horizon).reshape(chunks, length)
+
+    def action_draw(action_noise, action_times):
+        x = flow_matching.mix(action, action_noise, action_times)
+        prediction = apply("act", x, action_times, positions, text, text_mask, states, routed)
+        target = action_noise - action if model.config.prediction == "velocity" else action
+        error = jnp.square(prediction - target).mean(-1)
+        weight = flow_matching.loss_weight(action_times, cfg.shift, cfg.action_loss_weight)
+        weighted = (error * weight[..., None]).reshape(-1, horizon)
+        return masked_mean(weighted, keep).mean(), prediction, recorded.pop("act", None)
+
+    action_losses, predictions, acted = jax.vmap(action_draw)(noise.action, noise.action_times)
+    loss_action = cfg.action_weight * action_losses.mean()
+
+    frame_error = jnp.square(planned.velocity - (noise.video - clean))[:, :, 1:].mean((1, 3, 4))  # [B, F-1]
+    pad = batch["image_is_pad"][:, 1:].reshape(*frame_error.shape, -1).all(2)
+    per_sample = masked_mean(frame_error, ~pad)
+    weight = flow_matching.loss_weight(noise.video_times, cfg.shift, cfg.loss_weight)
+    loss_video = cfg.video_weight * (per_sample * weight).mean()
+    parts = {
+        "loss_video": loss_video,
+        "loss_action": loss_action,
+        "loss_video_per_sample_unweighted": per_sample,
+        "pred_video": planned.velocity,
+        "pred_action": predictions,
+    }
+    if capture:
+        recorded["act"] = acted
+        parts |= {"memory": memory, "planned": planned, "routed": routed, "intermediates": recorded}
+    return loss_video + loss_action, parts
