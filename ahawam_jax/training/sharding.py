@@ -1,0 +1,81 @@
+"""Mesh, and the one table from logical axis names to mesh axes."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("head_dim", None),
+    ("layers", None),
+    ("activation_embed", None),
+)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """Mesh of all devices with axes data, fsdp, tensor; one size may be -1 for "the rest".
+
+    Raises ValueError if the sizes do not multiply to the number of devices.
+    """
+    devices = devices or jax.devices()
+    shape = [int(sizes[axis]) for axis in MESH_AXES]
+    if shape.count(-1) == 1:
+        known = -int(np.prod(shape))
+        shape[shape.index(-1)] = len(devices) // known if len(devices) % known == 0 else 0
+    if int(np.prod(shape)) != len(devices) or min(shape) < 1:
+        raise ValueError(
+            f"config.mesh {dict(sizes)} does not fit {len(devices)} devices; data * fsdp * tensor must equal the "
+            "number of devices, and one of them may be -1."
+        )
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Drops mesh axes from dimensions they do not divide: those dimensions are replicated."""
+    fitted = []
+    for axes, size in zip(tuple(spec) + (None,) * (len(shape) - len(spec)), shape, strict=True):
+        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        parts = int(np.prod([mesh.shape[name] for name in names]))
+        fitted.append(axes if size % parts == 0 else None)
+    return PartitionSpec(*fitted)
+
+
+def shardings(boxed: Any, mesh: Mesh) -> Any:
+    """NamedShardings of a tree of boxed abstract arrays (parameters, or a state made from them)."""
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+    return jax.tree.map(
+        lambda x, spec: NamedSharding(mesh, _fit(spec, x.shape, mesh)), nn.unbox(boxed), specs
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's rows of a batch -> global arrays, sharded over data and fsdp."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+@contextlib.contextmanager
+def activation_rules(mesh: Mesh) -> Iterator[None]:
+    """Inside, the models' logical activation constraints mean axes of this mesh."""
+    with mesh, nn.logical_axis_rules(RULES):
+        yield

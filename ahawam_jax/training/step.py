@@ -1,0 +1,106 @@
+"""One training step: frozen towers, joint loss, gradient accumulation, update, average."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from ahawam_jax.models.aha_wam import AhaWam, init
+from ahawam_jax.training.objective import ObjectiveConfig, joint_loss, sample_noise
+from ahawam_jax.training.optimizer import OptimizerConfig
+
+Batch = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a run needs to continue, apart from its configuration and data."""
+
+    step: jax.Array  # int32, updates done
+    params: Any
+    opt_state: optax.OptState
+    ema: Any  # like params, or None
+
+
+def create_state(model: AhaWam, tx: optax.GradientTransformation, key: jax.Array, ema: bool) -> TrainState:
+    """A fresh state whose leaves are boxed with their logical axes."""
+    params = init(model, key)
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
+
+
+def pixels(images: jax.Array) -> jax.Array:
+    """uint8 images -> float32 in [-1, 1], what every video tower takes."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def encode(batch: Batch, tower: Any, context: jax.Array, context_mask: jax.Array) -> Batch:
+    """Images of a loader batch -> latents, instruction indices -> text tokens; the keys `joint_loss` reads.
+
+    context [I, K, X] and context_mask [I, K] hold every distinct instruction of the dataset.
+    """
+
+    def singles(images: jax.Array) -> jax.Array:  # [B, n, H, W, 3] -> [B, n, c, 1, h, w]
+        batch, n = images.shape[:2]
+        latents = tower.encode(pixels(images.reshape(-1, 1, *images.shape[2:])))
+        return latents.reshape(batch, n, *latents.shape[1:])
+
+    encoded = {name: x for name, x in batch.items() if name not in ("video", "observations", "history", "instruction")}
+    encoded["input_latents"] = tower.encode(pixels(batch["video"]))
+    encoded["obs_latents"] = singles(batch["observations"])
+    if batch["history"].shape[1]:
+        encoded["history_latents"] = singles(batch["history"])
+    encoded["context"] = context[batch["instruction"]]
+    encoded["context_mask"] = context_mask[batch["instruction"]]
+    return jax.lax.stop_gradient(encoded)
+
+
+def make_train_step(
+    model: AhaWam, tower: Any, tx: optax.GradientTransformation, objective: ObjectiveConfig, optimizer: OptimizerConfig
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The pure function (state, batch, context, context_mask, key) -> (state, metrics).
+
+    The randomness of a step is a function of `key` and the step's number alone.
+    """
+
+    def loss_and_gradient(params, batch, key):
+        def loss_fn(params):
+            return joint_loss(model, params, batch, sample_noise(key, batch, model, objective), objective)
+
+        (loss, parts), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return {"loss": loss, "loss_video": parts["loss_video"], "loss_action": parts["loss_action"]}, gradient
+
+    def train_step(state: TrainState, batch: Batch, context: jax.Array, context_mask: jax.Array, key: jax.Array):
+        key = jax.random.fold_in(key, state.step)
+        count = optimizer.accumulate
+
+        def one(micro, index):
+            inputs = encode(micro, tower, context, context_mask)
+            return loss_and_gradient(state.params, inputs, jax.random.fold_in(key, index))
+
+        if count == 1:
+            metrics, gradient = one(batch, 0)
+        else:
+            # Interleaved, so that every device keeps its own rows in every microbatch.
+            micro = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+            zeros = jax.eval_shape(lambda: one(jax.tree.map(lambda x: x[0], micro), 0))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zeros)
+            total, _ = jax.lax.scan(
+                lambda carry, x: (jax.tree.map(jnp.add, carry, one(*x)), None), zeros, (micro, jnp.arange(count))
+            )
+            metrics, gradient = jax.tree.map(lambda x: x / count, total)
+
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["gradient_norm"] = optax.global_norm(gradient)
+        ema = state.ema
+        if ema is not None:
+            # Early on the average follows closely, so that it is not dominated by the initial values.
+            decay = jnp.minimum(optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return train_step

@@ -1,0 +1,48 @@
+"""The demo: transfer cube in simulation, from scratch, on two CPU cores. Read this file first.
+
+Everything the full-size configuration has is here, only smaller: a planner with a rolling memory, the router, an
+executor, the joint loss over video and actions, and offsets between the planner's frame and the chunk.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+
+    # Sizes. One latent is 16x16 pixels, a planner token 2x2 latents: the 192x128 canvas gives 24 tokens a frame.
+    config.model = ConfigDict(dict(
+        num_layers=4, num_heads=4, head_dim=24,
+        planner_dim=96, planner_ffn_dim=384, executor_dim=96, executor_ffn_dim=384,
+        latent_channels=48, text_dim=96, freq_dim=64, action_dim=14, state_dim=14, num_queries=8,
+        chunk=16, horizon=32, memory_frames=2, video_ratio=12,
+        prediction="sample", dtype="float32", remat="none",
+    ))  # fmt: skip
+
+    # Frozen towers that need no weights.
+    config.towers = ConfigDict(dict(video="block_transform", text="hashed_words", text_length=24))
+
+    # The joint loss (Eq. 6-7). Predicting the clean chunk makes the first step a plain regression.
+    config.objective = ConfigDict(dict(
+        shift=5.0, time_law="shifted_uniform", action_time_law="shifted_uniform", action_times="per_chunk",
+        video_weight=0.1, action_weight=1.0, loss_weight="bell", action_loss_weight="uniform", action_draws=4,
+    ))  # fmt: skip
+
+    # Windows of the recording. History frames are 16 rows apart, as often as the planner is refreshed.
+    config.data = ConfigDict(dict(
+        path="runs/demo/dataset", cache="runs/demo/cache", head_size=(128, 128),
+        history_stride=16, max_offset=15, batch_size=32, validation_episodes=8,
+    ))  # fmt: skip
+
+    config.optimizer = ConfigDict(dict(
+        learning_rate=1e-3, final_fraction=0.02, warmup_steps=100, b1=0.9, b2=0.95, weight_decay=1e-2,
+        clip_norm=1.0, ema_decay=0.99, accumulate=1,
+    ))  # fmt: skip
+
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    config.train = ConfigDict(dict(steps=2000, log_every=50, validate_every=500, checkpoint_every=500, keep=2))
+
+    # Deployment: the planner is refreshed every `refresh_every` executor calls, `execute` of the 16 actions are run.
+    config.policy = ConfigDict(dict(refresh_every=2, steps=10, execute=8, memory=True, routing=True))
+    return config

@@ -1,0 +1,194 @@
+"""Two ViperX arms in MuJoCo: the bimanual ALOHA tasks, 25 actions a second, three camera views.
+
+Uses the scene files that ship with `gym-aloha` without importing its environment, which renders three 640x480
+views at every step and is therefore hundreds of times slower than the physics.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import mujoco
+import numpy as np
+
+from data_pipelines.simulation.rendering import Renderer
+
+FPS = 25
+EPISODE_STEPS = 155  # 6.2 s
+MAX_REWARD = 4
+
+CAMERAS = {"cam_high": "top", "cam_left_wrist": "left_wrist", "cam_right_wrist": "right_wrist"}
+IMAGE_SIZES = {"cam_high": (128, 128), "cam_left_wrist": (64, 64), "cam_right_wrist": (64, 64)}
+ARM_JOINTS = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate")
+STATE_NAMES = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in (*ARM_JOINTS, "gripper"))
+INSTRUCTIONS = {
+    "transfer_cube": "pick up the red cube with the right arm and hand it over to the left arm",
+    "insertion": "pick up the red peg and the blue socket and insert the peg into the socket",
+}
+
+# Half-open boxes (low, high) in metres, as in gym-aloha. Every object starts upright, quaternion (1, 0, 0, 0).
+_OBJECT_RANGES = {
+    "transfer_cube": (((0.0, 0.4, 0.05), (0.2, 0.6, 0.05)),),
+    "insertion": (((0.1, 0.4, 0.05), (0.2, 0.6, 0.05)), ((-0.2, 0.4, 0.05), (-0.1, 0.6, 0.05))),
+}
+_START_POSE = np.array([0, -0.96, 1.16, 0, -0.3, 0, 0.02239, -0.02239] * 2)
+_FINGER_CLOSED, _FINGER_OPEN = 0.01844, 0.058  # metres, finger slide at gripper 0 and at gripper 1
+_LARGEST_IMAGE = (480, 640)  # height, width in pixels of the drawing buffer
+_WRIST_FOVY = 60.0  # degrees; the scene's 20 show little more than the fingertips
+
+# Which state numbers are arm angles and grippers, and where their joints lie in MuJoCo's qpos and ctrl.
+_ARM_STATE = np.array([*range(6), *range(7, 13)])
+_ARM_QPOS = np.array([*range(6), *range(8, 14)])
+_GRIPPER_STATE = np.array([6, 13])
+_FINGER_QPOS = np.array([6, 14])
+
+_LEFT_FINGER = "vx300s_left/10_left_gripper_finger"
+_RIGHT_FINGER = "vx300s_right/10_right_gripper_finger"
+_SOCKET = ("socket-1", "socket-2", "socket-3", "socket-4")
+
+
+@functools.cache
+def load_model(task: str) -> mujoco.MjModel:
+    """The compiled scene of `task`, shared by every environment of a process (compiling takes a second)."""
+    if task not in _OBJECT_RANGES:
+        raise ValueError(f"Unknown task {task!r}: expected one of {', '.join(_OBJECT_RANGES)}.")
+    spec = importlib.util.find_spec("gym_aloha")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "The simulation needs the scene files of gym-aloha, which is not installed: "
+            "expected gym-aloha 0.1.5; run `pip install -e .[sim]`."
+        )
+    assets = Path(spec.submodule_search_locations[0]) / "assets"
+    model = mujoco.MjModel.from_xml_path(str(assets / f"bimanual_viperx_{task}.xml"))
+    for camera in ("left_wrist", "right_wrist"):
+        model.cam_fovy[model.camera(camera).id] = _WRIST_FOVY
+    model.vis.quality.shadowsize = 0
+    model.vis.quality.offsamples = 0
+    return model
+
+
+@functools.cache
+def _renderer(task: str) -> Renderer:
+    """One off-screen buffer for all environments of a process that draw the same scene."""
+    return Renderer(load_model(task), *_LARGEST_IMAGE)
+
+
+class AlohaSim:
+    """One simulated pair of arms.
+
+    Args:
+        task: "transfer_cube" or "insertion".
+        image_sizes: (height, width) in pixels of each view that `images` returns; the keys are a subset of
+            cam_high, cam_left_wrist and cam_right_wrist. Default `IMAGE_SIZES`.
+        rate: actions per second; stock gym-aloha has 50.
+    """
+
+    def __init__(self, task: str, image_sizes: Mapping[str, tuple[int, int]] | None = None, rate: int = FPS) -> None:
+        self.task = task
+        self.model = load_model(task)
+        self.data = mujoco.MjData(self.model)
+        self.image_sizes = dict(IMAGE_SIZES if image_sizes is None else image_sizes)
+        unknown = set(self.image_sizes) - set(CAMERAS)
+        if unknown:
+            raise ValueError(f"Unknown camera {sorted(unknown)[0]!r}: expected some of {', '.join(CAMERAS)}.")
+        self._substeps = round(1 / rate / self.model.opt.timestep)
+        self._geom_names = [self.model.geom(i).name for i in range(self.model.ngeom)]
+        self.reset(seed=0)
+
+    def reset(self, seed: int) -> None:
+        """Arms to their start pose, objects to a pose drawn from `numpy.random.default_rng(seed)`."""
+        rng = np.random.default_rng(seed)
+        poses = [np.append(rng.uniform(low, high), (1, 0, 0, 0)) for low, high in _OBJECT_RANGES[self.task]]
+        self.reset_objects(np.stack(poses))
+
+    def reset_objects(self, poses: np.ndarray) -> None:
+        """Arms to their start pose, objects to `poses` [objects, 7] (metres and unit quaternion w, x, y, z)."""
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos[:16] = _START_POSE
+        self.data.ctrl[:] = _START_POSE
+        self.data.qpos[16:] = np.asarray(poses).reshape(-1)
+        # Contacts and accelerations of the first state, before any actuator has a say (as stock gym-aloha).
+        flags = self.model.opt.disableflags
+        self.model.opt.disableflags = flags | mujoco.mjtDisableBit.mjDSBL_ACTUATION
+        mujoco.mj_forward(self.model, self.data)
+        self.model.opt.disableflags = flags
+        self._success = False
+
+    def step(self, action: np.ndarray) -> None:
+        """Hold one action [14] (radians; grippers 0 closed .. 1 open) for 1 / rate seconds."""
+        action = np.asarray(action, np.float64)
+        if action.shape != (14,) or not np.isfinite(action).all():
+            raise ValueError(
+                f"The action has shape {action.shape} and range {np.min(action)}..{np.max(action)}: expected 14 "
+                "finite numbers, [6 joint angles in rad, gripper 0..1] for the left arm, then for the right."
+            )
+        fingers = _FINGER_CLOSED + action[_GRIPPER_STATE] * (_FINGER_OPEN - _FINGER_CLOSED)
+        self.data.ctrl[_ARM_QPOS] = action[_ARM_STATE]
+        self.data.ctrl[_FINGER_QPOS] = fingers
+        self.data.ctrl[_FINGER_QPOS + 1] = -fingers
+        # The first half step was computed when the last step ended, so that contacts are those of the new state.
+        mujoco.mj_step2(self.model, self.data)
+        mujoco.mj_step(self.model, self.data, self._substeps - 1)
+        mujoco.mj_step1(self.model, self.data)
+        self._success = self._success or self.held
+
+    def state(self) -> np.ndarray:
+        """Measured arms, float32 [14]: radians, grippers 0 closed .. 1 open; left arm first."""
+        state = np.empty(14, np.float32)
+        state[_ARM_STATE] = self.data.qpos[_ARM_QPOS]
+        state[_GRIPPER_STATE] = (self.data.qpos[_FINGER_QPOS] - _FINGER_CLOSED) / (_FINGER_OPEN - _FINGER_CLOSED)
+        return state
+
+    def objects(self) -> np.ndarray:
+        """Poses of the objects, float64 [objects, 7]: metres and unit quaternion (w, x, y, z)."""
+        return self.data.qpos[16:].reshape(-1, 7).copy()
+
+    def images(self) -> dict[str, np.ndarray]:
+        """The views of now, uint8 [height, width, 3] RGB each."""
+        return {camera: self.render(camera, size) for camera, size in self.image_sizes.items()}
+
+    def render(self, camera: str, size: tuple[int, int]) -> np.ndarray:
+        """One view of now at `size` (height, width), at most 480x640: uint8 [height, width, 3] RGB."""
+        return _renderer(self.task).draw(self.data, CAMERAS[camera], size)
+
+    def reward(self) -> int:
+        """The reward of stock gym-aloha, 0..4, of the present contacts."""
+        names = self._geom_names
+        contact = self.data.contact
+        pairs = {(names[a], names[b]) for a, b in zip(contact.geom1, contact.geom2, strict=True)}
+        return _transfer_reward(pairs) if self.task == "transfer_cube" else _insertion_reward(pairs)
+
+    @property
+    def held(self) -> bool:
+        """Whether the greatest reward holds now."""
+        return self.reward() == MAX_REWARD
+
+    @property
+    def success(self) -> bool:
+        """Whether the greatest reward held after any step since the last reset."""
+        return self._success
+
+
+# The stock reward sees a contact in one order of its two geoms only, and so do these.
+
+
+def _transfer_reward(pairs: set[tuple[str, str]]) -> int:
+    left, right = ("red_box", _LEFT_FINGER) in pairs, ("red_box", _RIGHT_FINGER) in pairs
+    lifted = ("red_box", "table") not in pairs
+    if left:
+        return 4 if lifted else 3
+    if right:
+        return 2 if lifted else 1
+    return 0
+
+
+def _insertion_reward(pairs: set[tuple[str, str]]) -> int:
+    if ("red_peg", "pin") in pairs:
+        return 4
+    lifted = ("red_peg", "table") not in pairs and not any((part, "table") in pairs for part in _SOCKET)
+    if lifted and any(("red_peg", part) in pairs for part in _SOCKET):
+        return 3
+    if ("red_peg", _RIGHT_FINGER) in pairs and any((part, _LEFT_FINGER) in pairs for part in _SOCKET):
+        return 2 if lifted else 1
+    return 0

@@ -1,0 +1,158 @@
+"""Many simulations at once, in worker processes that know nothing but physics and drawing.
+
+Workers are started as programs of their own rather than by `multiprocessing`, which would import the caller's
+main module, and JAX with it, into each of them.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from data_pipelines.simulation.env import AlohaSim
+from data_pipelines.simulation.rendering import check_rendering
+
+FILM_SIZE = (240, 320)  # height, width in pixels of the frames of rollout videos
+
+
+class ParallelSims:
+    """One environment per seed, spread over worker processes that end with this object or its process.
+
+    Args:
+        task, image_sizes: as for `AlohaSim`.
+        seeds: one environment each; N of them.
+        processes: how many workers; more than seeds are not started.
+        film: numbers (0 .. N-1) of the environments of which `run` collects frames.
+
+    Attributes:
+        success, held: bool [N], as in `AlohaSim`, after the latest `run`.
+        films: {number: list of uint8 [240, 320, 3] frames of cam_high}.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        seeds: Sequence[int],
+        processes: int,
+        image_sizes: Mapping[str, tuple[int, int]] | None = None,
+        film: Sequence[int] = (),
+    ) -> None:
+        if not len(seeds) or processes < 1:
+            raise ValueError(f"Got {len(seeds)} seeds and {processes} processes: expected at least one of each.")
+        if problem := check_rendering():  # also chooses MUJOCO_GL, which the workers inherit
+            raise RuntimeError(problem)
+        self.films: dict[int, list[np.ndarray]] = {int(number): [] for number in film}
+        if not set(self.films) <= set(range(len(seeds))):
+            raise ValueError(f"film is {list(film)}: expected numbers of environments, 0 to {len(seeds) - 1}.")
+        self._groups = np.array_split(np.arange(len(seeds)), min(processes, len(seeds)))
+        self._workers: list[tuple[subprocess.Popen, Connection]] = []
+        for group in self._groups:
+            process, connection = _start_worker()
+            self._workers.append((process, connection))
+            filmed = [i for i, number in enumerate(group) if number in self.films]
+            connection.send((task, [int(seeds[i]) for i in group], image_sizes, filmed))
+        self._receive()
+
+    def observe(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """states float32 [N, 14] and, for each camera, images uint8 [N, height, width, 3] of now."""
+        return self._states, self._images
+
+    def run(self, actions: np.ndarray, record_every: int | None = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Execute `actions` [N, T, 14] and return what `observe` then sees.
+
+        With `record_every` the frame after every so many actions is added to `films`.
+        """
+        actions = np.asarray(actions, np.float64)
+        count = sum(map(len, self._groups))
+        if actions.ndim != 3 or (actions.shape[0], actions.shape[2]) != (count, 14):
+            raise ValueError(f"The actions have shape {actions.shape}: expected [{count}, steps, 14].")
+        for group, (_, connection) in zip(self._groups, self._workers, strict=True):
+            connection.send((actions[group], record_every))
+        self._receive()
+        return self.observe()
+
+    def close(self) -> None:
+        """End the workers."""
+        for _, connection in self._workers:
+            connection.close()  # a worker ends when nobody is at the other end
+        for process, _ in self._workers:
+            process.wait()
+        self._workers = []
+
+    def __enter__(self) -> "ParallelSims":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _receive(self) -> None:
+        replies = []
+        for process, connection in self._workers:
+            try:
+                reply = connection.recv()
+            except EOFError:
+                self.close()
+                raise RuntimeError(
+                    f"A simulation worker ended with code {process.returncode} in the midst of its work: "
+                    "expected an answer; see its messages above."
+                ) from None
+            if isinstance(reply, str):
+                self.close()
+                raise RuntimeError(f"A simulation worker failed:\n{reply}")
+            replies.append(reply)
+        states, images, success, held, films = zip(*replies, strict=True)
+        self._states = np.concatenate(states)
+        self._images = {camera: np.concatenate([group[camera] for group in images]) for camera in images[0]}
+        self.success, self.held = np.concatenate(success), np.concatenate(held)
+        for group, frames in zip(self._groups, films, strict=True):
+            for i, new in frames.items():
+                self.films[int(group[i])] += new
+
+
+def _start_worker() -> tuple[subprocess.Popen, Connection]:
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from {__name__} import _work; _work({theirs.fileno()})"],
+        pass_fds=[theirs.fileno()],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    theirs.close()
+    return process, Connection(ours.detach())
+
+
+def _work(descriptor: int) -> None:
+    """A worker's life: set up, then for each request run its actions and say what is to be seen."""
+    connection = Connection(descriptor)
+    try:
+        task, seeds, image_sizes, filmed = connection.recv()
+        sims = [AlohaSim(task, image_sizes) for _ in seeds]
+        for sim, seed in zip(sims, seeds, strict=True):
+            sim.reset(seed)
+        actions, record_every = np.empty((len(sims), 0, 14)), None
+        while True:
+            films: dict[int, list[np.ndarray]] = {i: [] for i in filmed}
+            for i, sim in enumerate(sims):
+                for step, action in enumerate(actions[i], start=1):
+                    sim.step(action)
+                    if record_every and i in films and step % record_every == 0:
+                        films[i].append(sim.render("cam_high", FILM_SIZE))
+            views = [sim.images() for sim in sims]
+            connection.send(
+                (
+                    np.stack([sim.state() for sim in sims]),
+                    {camera: np.stack([view[camera] for view in views]) for camera in sims[0].image_sizes},
+                    np.array([sim.success for sim in sims]),
+                    np.array([sim.held for sim in sims]),
+                    films,
+                )
+            )
+            actions, record_every = connection.recv()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the caller is gone
+    except Exception:
+        connection.send(traceback.format_exc())  # the caller raises it

@@ -1,0 +1,99 @@
+"""Off-screen drawing of MuJoCo scenes without a display, as fast as a CPU allows."""
+
+import functools
+import importlib
+import os
+import subprocess
+import sys
+
+import mujoco
+import numpy as np
+
+_BACKENDS = ("egl", "osmesa")  # in the order tried
+_PACKAGES = {
+    "egl": "libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0",
+    "osmesa": "libosmesa6",
+}
+_PROBE = """
+import mujoco
+from data_pipelines.simulation.rendering import Renderer
+model = mujoco.MjModel.from_xml_string('<mujoco><worldbody><light/><geom size="1"/></worldbody></mujoco>')
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+assert Renderer(model, 32, 32).draw(data, -1, (32, 32)).max() > 0
+"""
+
+
+@functools.cache
+def check_rendering() -> str | None:
+    """None if pictures can be drawn here, else one line that says what to install.
+
+    Where MUJOCO_GL is unset it is set to the first backend that works. Tries in another process, because a
+    broken driver may crash the one that loads it.
+    """
+    chosen = os.environ.get("MUJOCO_GL")
+    for backend in (chosen,) if chosen else _BACKENDS:
+        if _works(backend):
+            os.environ["MUJOCO_GL"] = backend
+            return None
+    advice = " or ".join(
+        f"`apt-get install {packages}` with MUJOCO_GL={backend}" for backend, packages in _PACKAGES.items()
+    )
+    return f"MuJoCo cannot draw with MUJOCO_GL={chosen or 'unset'}: {advice}."
+
+
+def _works(backend: str) -> bool:
+    environment = {**os.environ, "MUJOCO_GL": backend, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        probe = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return False
+    return probe.returncode == 0
+
+
+class Renderer:
+    """Draws the named cameras of one model into one off-screen buffer of `height` x `width` pixels.
+
+    A thin layer over MuJoCo's drawing calls: `mujoco.Renderer` would need one GL context per picture size.
+    """
+
+    def __init__(self, model: mujoco.MjModel, height: int, width: int) -> None:
+        if "MUJOCO_GL" not in os.environ and (problem := check_rendering()):
+            raise RuntimeError(problem)
+        # Not mujoco.GLContext: that one was fixed when mujoco was imported, perhaps before MUJOCO_GL was set.
+        backend = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL'].lower()}")
+        self._model = model
+        self._size = (height, width)
+        model.vis.global_.offheight, model.vis.global_.offwidth = height, width
+        self._gl = backend.GLContext(width, height)
+        self._gl.make_current()
+        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        self._scene = mujoco.MjvScene(model, maxgeom=1000)
+        for flag in ("SHADOW", "REFLECTION", "SKYBOX", "FOG", "HAZE"):
+            self._scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")] = False
+        self._option = mujoco.MjvOption()
+        # The hulls have a tenth of the triangles of the arms' meshes.
+        self._option.flags[mujoco.mjtVisFlag.mjVIS_CONVEXHULL] = True
+        self._camera = mujoco.MjvCamera()
+
+    def draw(self, data: mujoco.MjData, camera: str | int, size: tuple[int, int]) -> np.ndarray:
+        """What `camera` sees, uint8 [height, width, 3] RGB; `size` is (height, width) in pixels."""
+        height, width = size
+        if not (0 < height <= self._size[0] and 0 < width <= self._size[1]):
+            raise ValueError(
+                f"An image of {height}x{width} does not fit the drawing buffer: expected at most "
+                f"{self._size[0]}x{self._size[1]} (height x width); ask for a smaller one."
+            )
+        number = camera if isinstance(camera, int) else self._model.camera(camera).id
+        self._camera.fixedcamid = number
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FREE if number < 0 else mujoco.mjtCamera.mjCAMERA_FIXED
+        self._gl.make_current()
+        mujoco.mjv_updateScene(
+            self._model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
+        )
+        view = mujoco.MjrRect(0, 0, width, height)
+        mujoco.mjr_render(view, self._scene, self._context)
+        image = np.empty((height, width, 3), np.uint8)
+        mujoco.mjr_readPixels(image, None, view, self._context)
+        return image[::-1].copy()  # OpenGL counts rows from below

@@ -1,0 +1,165 @@
+"""Training windows: what one sample holds, cut out of an episode at a start row.
+
+A window has static shapes. Rows past the episode's end repeat its last row and are marked padded; history
+frames before the episode's start are zeros and counted out by `video_history_valid_len`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipelines.frame_cache import Frames
+from data_pipelines.lerobot import LeRobotDataset
+from data_pipelines.statistics import Statistics, normalize
+
+FRAMES_PER_LATENT = 4  # the VAE folds four video frames into one latent, the first frame stands alone
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """Geometry of a window, in rows of the recording.
+
+    horizon: actions trained on.  chunk: actions per executor call.  video_ratio: rows per video frame.
+    history_frames: W, remembered frames.  history_stride: rows between them, by default one horizon.
+    max_offset: the actions start up to this many rows after the video (delta in 0..max_offset), 0 for none.
+    Released: 64, 16, 8, 6, 64, 0 (65 rows, 9 frames); with offset 80, 16, 8, 6, 80, 15 (97 rows, 13 frames).
+    """
+
+    horizon: int = 64
+    chunk: int = 16
+    video_ratio: int = 8
+    history_frames: int = 6
+    history_stride: int | None = None
+    max_offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.history_stride is None:
+            object.__setattr__(self, "history_stride", self.horizon)
+        if min(self.horizon, self.chunk, self.video_ratio, self.history_stride) < 1 or self.history_frames < 0:
+            raise ValueError(f"{self}: horizon, chunk, video_ratio and history_stride must be at least 1.")
+        if self.horizon % self.chunk:
+            raise ValueError(f"horizon {self.horizon} must be a multiple of chunk {self.chunk}.")
+        if not 0 <= self.max_offset < self.chunk:
+            raise ValueError(
+                f"max_offset {self.max_offset} must lie in 0..{self.chunk - 1}: one chunk of extra "
+                "rows is loaded for it, a later start would run out of rows."
+            )
+        if self.rows % (self.video_ratio * FRAMES_PER_LATENT):
+            raise ValueError(
+                f"{self.rows} action rows at one video frame per {self.video_ratio} give "
+                f"{self.rows / self.video_ratio + 1:g} frames; the video encoder needs 1 + 4 n. "
+                f"Choose horizon {'+ chunk ' if self.max_offset else ''}as a multiple of "
+                f"{self.video_ratio * FRAMES_PER_LATENT}."
+            )
+
+    @property
+    def rows(self) -> int:
+        """Action rows loaded: the horizon, and one chunk more when the actions may start late."""
+        return self.horizon + (self.chunk if self.max_offset else 0)
+
+    @property
+    def video_frames(self) -> int:
+        return self.rows // self.video_ratio + 1
+
+    @property
+    def chunks(self) -> int:
+        return self.horizon // self.chunk
+
+
+class Windows:
+    """All windows of the chosen episodes, one per row.
+
+    frames: canvases uint8 [total rows, H, W, 3], indexed by dataset row.
+    stats: z-scores state and action; None leaves them in the units of the recording.
+    episodes: indices of the episodes to use, all by default.
+    """
+
+    def __init__(
+        self,
+        dataset: LeRobotDataset,
+        frames: Frames,
+        config: WindowConfig,
+        stats: Statistics | None = None,
+        episodes: Sequence[int] | None = None,
+    ) -> None:
+        total = len(dataset.lengths)
+        chosen = list(range(total)) if episodes is None else list(episodes)
+        if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= e < total for e in chosen):
+            raise ValueError(f"episodes {chosen} must be distinct indices out of the dataset's 0..{total - 1}.")
+        if frames.shape[0] != dataset.lengths.sum():
+            raise ValueError(f"frames hold {frames.shape[0]} rows, {dataset.root} has {dataset.lengths.sum()}.")
+        self.config, self.frames = config, frames
+        self._starts, self._lengths = dataset.starts[chosen], dataset.lengths[chosen]
+        self._ends = np.cumsum(self._lengths)
+        # States and actions are small and stay in memory, chosen episodes one after the other.
+        state = np.concatenate([dataset.states(e) for e in chosen])
+        action = np.concatenate([dataset.actions(e) for e in chosen])
+        self._state = state if stats is None else normalize(state, stats["state"])
+        self._action = action if stats is None else normalize(action, stats["action"])
+        self._instruction = np.array([dataset.instruction_index(e) for e in chosen], np.int32)
+
+    def __len__(self) -> int:
+        """Number of windows: every row of every chosen episode starts one."""
+        return int(self._ends[-1])
+
+    def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Window numbers int [B] -> (place among the chosen episodes, start row in it), int64 [B]."""
+        episode = np.searchsorted(self._ends, index, side="right")
+        return episode, index - (self._ends - self._lengths)[episode]
+
+    def gather(self, index: np.ndarray, delta: np.ndarray) -> dict[str, np.ndarray]:
+        """Batch of the windows number `index` int [B], actions `delta` int [B] rows after the video's start.
+
+        C chunks, N loaded rows (`config.rows`), W history frames, canvases [H, W_, 3], 1 + 4 n video frames:
+
+        video uint8 [B, 1+4n, H, W_, 3] every video_ratio rows; image_is_pad bool [B, 1+4n];
+        observations uint8 [B, C, H, W_, 3] at rows delta + chunk k;
+        action float32 [B, N, d], proprio float32 [B, N, p] (state of the same rows), action_is_pad bool
+        [B, N]: rows 0..N-1 of the window, the trained ones are [delta, delta + horizon);
+        action_offset int32 [B] = delta;
+        history uint8 [B, W, H, W_, 3] oldest first, right-aligned, zeros where there is none;
+        video_history_valid_len int32 [B]; video_history_frame_indices int32 [B, W] and
+        video_temporal_position_ids int32 [B, 1+n]: rotary index, row in the episode // video_ratio;
+        instruction int32 [B]: place in `dataset.instructions`.
+        """
+        index, delta, c = np.asarray(index), np.asarray(delta), self.config
+        if delta.min() < 0 or delta.max() > c.max_offset:
+            raise ValueError(f"offsets {delta.min()}..{delta.max()} are outside 0..{c.max_offset} of the config.")
+        if index.min() < 0 or index.max() >= len(self):
+            raise IndexError(f"windows {index.min()}..{index.max()} asked for, there are 0..{len(self) - 1}.")
+        episode, start = self.locate(index)
+        last = self._lengths[episode][:, None] - 1
+        rows = start[:, None] + np.arange(c.rows)
+        video = start[:, None] + c.video_ratio * np.arange(c.video_frames)
+        chunk_starts = (start + delta)[:, None] + c.chunk * np.arange(c.chunks)
+        history = start[:, None] - c.history_stride * np.arange(c.history_frames, 0, -1)
+
+        table = np.minimum(rows, last) + (index - start)[:, None]  # rows of the in-memory tables
+        pictures = self._pictures(
+            episode, np.minimum(video, last), np.minimum(chunk_starts, last), np.maximum(history, 0)
+        )
+        pictures[2][history < 0] = 0
+        latents = FRAMES_PER_LATENT * np.arange(1 + (c.video_frames - 1) // FRAMES_PER_LATENT)
+        return {
+            "video": pictures[0],
+            "image_is_pad": video > last,
+            "observations": pictures[1],
+            "action": self._action[table],
+            "action_is_pad": rows > last,
+            "proprio": self._state[table],
+            "action_offset": delta.astype(np.int32),
+            "history": pictures[2],
+            "video_history_valid_len": (history >= 0).sum(1).astype(np.int32),
+            "video_history_frame_indices": (np.maximum(history, 0) // c.video_ratio).astype(np.int32),
+            "video_temporal_position_ids": (start[:, None] // c.video_ratio + latents).astype(np.int32),
+            "instruction": self._instruction[episode],
+        }
+
+    def _pictures(self, episode: np.ndarray, *groups: np.ndarray) -> list[np.ndarray]:
+        """Canvases [B, n, H, W, 3] for each group of episode rows [B, n], read in one go: every part of the
+        answer is contiguous, and frames that decode on the fly see each row once."""
+        first = self._starts[episode][:, None]
+        flat = self.frames[np.concatenate([(first + group).ravel() for group in groups])]
+        parts = np.split(flat, np.cumsum([group.size for group in groups])[:-1])
+        return [part.reshape(*group.shape, *flat.shape[1:]) for part, group in zip(parts, groups, strict=True)]

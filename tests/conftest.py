@@ -1,0 +1,23 @@
+"""Fixtures for all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Folder with `reference/` and `datasets/`: the parent of AHAWAM_REFERENCE, default ../shared.
+
+    Tests that need it are skipped where it is absent, and fail there when AHAWAM_REQUIRE_REFERENCE=1.
+    """
+    reference = Path(os.environ.get("AHAWAM_REFERENCE", REPOSITORY.parent / "shared" / "reference"))
+    if not reference.is_dir():
+        message = f"{reference} does not exist; set AHAWAM_REFERENCE to the folder with the reference fixtures."
+        if os.environ.get("AHAWAM_REQUIRE_REFERENCE") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    return reference.parent

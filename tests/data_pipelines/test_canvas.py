@@ -1,0 +1,152 @@
+"""The canvas, and the frames made of it: cached or decoded on the fly, the same pixels."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipelines import frame_cache
+from data_pipelines.canvas import CAMERAS, compose
+from data_pipelines.frame_cache import DecodingFrames, open_frames
+from data_pipelines.lerobot import DatasetError, LeRobotDataset
+from tests.data_pipelines import tiny_dataset as tiny
+
+HEAD = tiny.CAMERAS["cam_high"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_dataset(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def expected(root: Path) -> np.ndarray:
+    """Canvases of all rows, straight from the reader."""
+    dataset = LeRobotDataset(root)
+    episodes = [
+        compose({camera: dataset.frames(e, camera, range(length)) for camera in CAMERAS}, HEAD)
+        for e, length in enumerate(tiny.LENGTHS)
+    ]
+    return np.concatenate(episodes)
+
+
+# ---------------------------------------------------------------- compose
+def test_views_lie_where_they_belong() -> None:
+    rng = np.random.default_rng(0)
+    views = {name: rng.integers(0, 256, (2, 3, *size, 3), np.uint8) for name, size in tiny.CAMERAS.items()}
+    canvas = compose(views, HEAD)
+    assert canvas.shape == (2, 3, 48, 48, 3) and canvas.dtype == np.uint8
+    np.testing.assert_array_equal(canvas[..., :32, :, :], views["cam_high"])  # sizes match: untouched
+    np.testing.assert_array_equal(canvas[..., 32:, :24, :], views["cam_left_wrist"])
+    np.testing.assert_array_equal(canvas[..., 32:, 24:, :], views["cam_right_wrist"])
+
+
+def test_released_size() -> None:
+    views = {name: np.full((480, 640, 3), value, np.uint8) for name, value in zip(CAMERAS, (10, 20, 30), strict=True)}
+    canvas = compose(views, (256, 320))
+    assert canvas.shape == (384, 320, 3)
+    assert (canvas[:256] == 10).all() and (canvas[256:, :160] == 20).all() and (canvas[256:, 160:] == 30).all()
+
+
+def test_shrinking_is_antialiased_bilinear() -> None:
+    """Against the triangle filter written out: weight 1 - |distance| / scale over the pixels it reaches."""
+    rng = np.random.default_rng(1)
+    head = rng.integers(0, 256, (40, 60, 3), np.uint8)
+
+    def weights(source: int, target: int) -> np.ndarray:
+        scale = source / target
+        centre = (np.arange(target)[:, None] + 0.5) * scale - 0.5
+        w = np.maximum(0, 1 - np.abs(np.arange(source) - centre) / scale)
+        return w / w.sum(1, keepdims=True)
+
+    canvas = compose({"cam_high": head, **{name: np.zeros((5, 6, 3), np.uint8) for name in CAMERAS[1:]}}, (10, 12))
+    filtered = np.einsum("ab,bcd,ec->aed", weights(40, 10), head.astype(float), weights(60, 12))
+    np.testing.assert_allclose(canvas[:10], filtered, atol=1.1)  # rounded to grey levels twice
+
+
+def test_missing_camera() -> None:
+    views = {name: np.zeros((4, 4, 3), np.uint8) for name in CAMERAS[:2]}
+    with pytest.raises(ValueError, match="missing: cam_right_wrist"):
+        compose(views, (4, 4))
+
+
+def test_wrong_kind_of_image() -> None:
+    views = {name: np.zeros((4, 4, 3), np.uint8) for name in CAMERAS}
+    with pytest.raises(ValueError, match="cam_left_wrist: expected uint8"):
+        compose(views | {"cam_left_wrist": np.zeros((4, 4, 3), np.float32)}, (4, 4))
+    with pytest.raises(ValueError, match="even height and width"):
+        compose(views, (5, 4))
+
+
+# ---------------------------------------------------------------- frames
+def test_decoding_frames(root: Path, expected: np.ndarray) -> None:
+    frames = DecodingFrames(LeRobotDataset(root), HEAD)
+    assert frames.shape == expected.shape
+    rows = np.array([93, 0, 62, 63, 40, 39, 40, 7])
+    np.testing.assert_array_equal(frames[rows], expected[rows])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_cache_holds_every_row(root: Path, expected: np.ndarray, tmp_path: Path, processes: int) -> None:
+    frames = open_frames(LeRobotDataset(root), HEAD, tmp_path, processes)
+    np.testing.assert_array_equal(frames, expected)
+    assert not frames.flags.writeable
+
+
+def test_cache_is_built_once_per_content(
+    root: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def builds(**changed: object) -> bool:
+        open_frames(**{"dataset": LeRobotDataset(copy), "head_size": HEAD, "cache_dir": tmp_path} | changed)
+        return "94/94 rows" in capfd.readouterr().err
+
+    copy = shutil.copytree(root, tmp_path / "copy")
+    assert builds() and not builds()
+    assert builds(head_size=(16, 24))
+    tiny.change_info(copy, note="other content")
+    assert builds() and not builds()
+    monkeypatch.setattr(frame_cache, "CACHE_VERSION", frame_cache.CACHE_VERSION + 1)
+    assert builds()
+
+
+def test_interrupted_build_is_not_trusted(
+    root: Path, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = frame_cache._write_episode
+
+    def interrupted(*arguments: object) -> int:
+        if arguments[-1] == 1:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    monkeypatch.setattr(frame_cache, "_write_episode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_frames(LeRobotDataset(root), HEAD, tmp_path)
+    monkeypatch.setattr(frame_cache, "_write_episode", write)
+    np.testing.assert_array_equal(open_frames(LeRobotDataset(root), HEAD, tmp_path), expected)
+
+
+def test_damaged_cache_is_refused(root: Path, tmp_path: Path) -> None:
+    open_frames(LeRobotDataset(root), HEAD, tmp_path)
+    (data,) = tmp_path.glob("*/frames.bin")
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1])
+    with pytest.raises(DatasetError, match="frames.bin has .* delete the folder"):
+        open_frames(LeRobotDataset(root), HEAD, tmp_path)
+    data.write_bytes(whole)
+    note = data.with_name("key.json")
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"key": "another"}))
+    with pytest.raises(DatasetError, match="another.* delete the folder"):
+        open_frames(LeRobotDataset(root), HEAD, tmp_path)
+
+
+def test_frames_need_all_three_cameras(root: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(root, tmp_path / "broken")
+    info = json.loads((broken / "meta/info.json").read_text())
+    del info["features"]["observation.images.cam_left_wrist"]
+    tiny.change_info(broken, features=info["features"])
+    for make in (DecodingFrames, lambda *arguments: open_frames(*arguments, tmp_path / "cache")):
+        with pytest.raises(DatasetError, match="no camera cam_left_wrist; it has: cam_high, cam_right_wrist"):
+            make(LeRobotDataset(broken), HEAD)
