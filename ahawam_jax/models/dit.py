@@ -146,15 +146,21 @@ class Block(nn.Module):
         rows = (table + cond.modulation)[:, :, :, None]  # [B, G, 6, 1, D]
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (rows[:, :, i] for i in range(6))
 
+        def flat(layer: nn.DenseGeneral, y: jax.Array, inputs: int) -> jax.Array:
+            """Tokens as rows of one matrix: a plain product, whose gradient CPUs run twice as fast."""
+            rows = layer(y.reshape(-1, *y.shape[y.ndim - inputs :]))
+            return rows.reshape(*y.shape[: y.ndim - inputs], *rows.shape[1:])
+
         def project(name: str, y: jax.Array) -> jax.Array:
-            return dense(heads, ("embed", "heads", "head_dim"), name=name, dtype=dtype)(y)
+            return flat(dense(heads, ("embed", "heads", "head_dim"), name=name, dtype=dtype), y, 1)
 
         def normed(name: str, y: jax.Array) -> jax.Array:
             ones = partitioned(nn.initializers.ones_init(), ("heads", "head_dim"))
             return rms_norm(project(name, y), self.param(f"{name}_norm", ones, heads), eps)
 
         def output(name: str, y: jax.Array) -> jax.Array:
-            return dense(self.dim, ("heads", "head_dim", "embed"), name=name, dtype=dtype, axis=(-2, -1))(y)
+            layer = dense(self.dim, ("heads", "head_dim", "embed"), name=name, dtype=dtype, axis=(-2, -1))
+            return flat(layer, y, 2)
 
         y = modulate(x, shift, scale, eps, dtype)
         q, k = (rotate(normed(name, y), cond.angles) for name in ("q", "k"))
@@ -169,8 +175,9 @@ class Block(nn.Module):
         x = x + output("cross_o", mixed).astype(x.dtype)
 
         y = modulate(x, shift_ffn, scale_ffn, eps, dtype)
-        y = nn.gelu(dense(self.ffn_dim, ("embed", "mlp"), name="ffn_in", dtype=dtype)(y), approximate=True)
-        x = x + (gate_ffn * dense(self.dim, ("mlp", "embed"), name="ffn_out", dtype=dtype)(y)).astype(x.dtype)
+        y = flat(dense(self.ffn_dim, ("embed", "mlp"), name="ffn_in", dtype=dtype), y, 1)
+        y = flat(dense(self.dim, ("mlp", "embed"), name="ffn_out", dtype=dtype), nn.gelu(y, approximate=True), 1)
+        x = x + (gate_ffn * y).astype(x.dtype)
         x = nn.with_logical_constraint(x, RESIDUAL_AXES)
         self.sow("intermediates", "x", x)
         return x, (k, v) if self.across_groups else None

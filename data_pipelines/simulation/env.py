@@ -12,7 +12,7 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
-from data_pipelines.simulation.rendering import Renderer
+from data_pipelines.simulation.rendering import Renderer, check_rendering
 
 FPS = 25
 EPISODE_STEPS = 155  # 6.2 s
@@ -71,7 +71,10 @@ def load_model(task: str) -> mujoco.MjModel:
 @functools.cache
 def _renderer(task: str) -> Renderer:
     """One off-screen buffer for all environments of a process that draw the same scene."""
-    return Renderer(load_model(task), *_LARGEST_IMAGE)
+    try:
+        return Renderer(load_model(task), *_LARGEST_IMAGE)
+    except Exception as error:  # whatever a missing or broken driver raises
+        raise RuntimeError(check_rendering() or f"MuJoCo cannot draw: {error}") from error
 
 
 class AlohaSim:

@@ -4,6 +4,7 @@ Workers are started as programs of their own rather than by `multiprocessing`, w
 main module, and JAX with it, into each of them.
 """
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -155,4 +156,5 @@ def _work(descriptor: int) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the caller is gone
     except Exception:
-        connection.send(traceback.format_exc())  # the caller raises it
+        with contextlib.suppress(OSError):  # the caller is gone, as when another worker has failed as well
+            connection.send(traceback.format_exc())  # the caller raises it

@@ -58,9 +58,9 @@ class Renderer:
     """
 
     def __init__(self, model: mujoco.MjModel, height: int, width: int) -> None:
-        if "MUJOCO_GL" not in os.environ and (problem := check_rendering()):
+        if not os.environ.get("MUJOCO_GL") and (problem := check_rendering()):
             raise RuntimeError(problem)
-        # Not mujoco.GLContext: that one was fixed when mujoco was imported, perhaps before MUJOCO_GL was set.
+        # Not mujoco.GLContext: that one is chosen when mujoco is imported, perhaps before MUJOCO_GL is set.
         backend = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL'].lower()}")
         self._model = model
         self._size = (height, width)

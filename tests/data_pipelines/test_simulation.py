@@ -31,6 +31,7 @@ def rollout(sim: AlohaSim, seed: int) -> list[int]:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_agrees_with_stock_gym_aloha(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "disable")  # read by dm_control when it is imported
     from dm_control import mujoco
     from dm_control.rl import control
     from gym_aloha.constants import ASSETS_DIR, DT
@@ -188,6 +189,24 @@ def test_first_working_backend_is_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("MUJOCO_GL", "")
     assert rendering.check_rendering.__wrapped__() is None
     assert os.environ["MUJOCO_GL"] == "osmesa"
+
+
+WITHOUT_DRIVER = """
+from data_pipelines.simulation.env import AlohaSim
+sim = AlohaSim("transfer_cube")
+sim.step(sim.state())
+try:
+    sim.images()
+except RuntimeError as problem:
+    print(problem)
+"""
+
+
+def test_physics_needs_no_drawing() -> None:
+    environment = {**os.environ, "MUJOCO_GL": "nonsense"}
+    command = [sys.executable, "-c", WITHOUT_DRIVER]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.stdout.startswith("MuJoCo cannot draw with MUJOCO_GL=nonsense: `apt-get install"), result.stderr
 
 
 def test_parallel_equals_serial(drawing: None) -> None:
