@@ -11,27 +11,27 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
 
-    # Sizes. One latent is 16x16 pixels, a planner token 2x2 latents: the 192x128 canvas gives 24 tokens a frame.
+    # Sizes. One latent is 16x16 pixels, a planner token 2x2 latents: the 96x128 canvas gives 12 tokens a frame.
     config.model = ConfigDict(dict(
         num_layers=4, num_heads=4, head_dim=24,
         planner_dim=96, planner_ffn_dim=384, executor_dim=96, executor_ffn_dim=384,
         latent_channels=48, text_dim=96, freq_dim=64, action_dim=14, state_dim=14, num_queries=8,
-        chunk=16, horizon=32, memory_frames=2, video_ratio=12,
+        chunk=16, horizon=16, memory_frames=2, video_ratio=8,
         prediction="sample", dtype="float32", remat="none",
     ))  # fmt: skip
 
     # Frozen towers that need no weights.
-    config.towers = ConfigDict(dict(video="block_transform", text="hashed_words", text_length=24))
+    config.towers = ConfigDict(dict(video="block_transform", text="hashed_words", text_length=20))
 
     # The joint loss (Eq. 6-7). Predicting the clean chunk makes the first step a plain regression.
     config.objective = ConfigDict(dict(
         shift=5.0, time_law="shifted_uniform", action_time_law="shifted_uniform", action_times="per_chunk",
-        video_weight=0.1, action_weight=1.0, loss_weight="bell", action_loss_weight="uniform", action_draws=4,
+        video_weight=0.1, action_weight=1.0, loss_weight="bell", action_loss_weight="uniform", action_draws=2,
     ))  # fmt: skip
 
     # Windows of the recording. History frames are 16 rows apart, as often as the planner is refreshed.
     config.data = ConfigDict(dict(
-        path="runs/demo/dataset", cache="runs/demo/cache", head_size=(128, 128),
+        path="runs/demo/dataset", cache="runs/demo/cache", head_size=(64, 128),
         history_stride=16, max_offset=15, batch_size=32, validation_episodes=8,
     ))  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The joint objective: video and action flow matching on one sample (Eq. 6-7, 12)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from ahawam_jax import flow_matching
 from ahawam_jax.models.aha_wam import AhaWam
+from ahawam_jax.models.memory import PlannerMemory
 
 ACTION_TIMES = ("per_chunk", "shared")
 
@@ -76,6 +78,17 @@ def window(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
     return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, length))(x, start)
 
 
+def recall_history(apply: Callable[..., Any], batch: dict[str, jax.Array]) -> PlannerMemory | None:
+    """The memory of a batch from its history frames (Sec. 3.4); None if the batch has none. Keys as in joint_loss."""
+    if "history_latents" not in batch:
+        return None
+    latents = batch["history_latents"][:, :, :, 0].swapaxes(1, 2)  # [B, c, W, h, w]
+    frames = latents.shape[2]
+    valid = jnp.arange(frames) >= frames - batch["video_history_valid_len"][:, None]
+    positions = batch["video_history_frame_indices"]
+    return apply("recall", latents, positions, valid, batch["context"], batch["context_mask"])
+
+
 def joint_loss(
     model: AhaWam,
     params: Any,
@@ -111,13 +124,7 @@ def joint_loss(
         return out
 
     # Planner: the current frame is given, the future is noised.
-    memory = None
-    if "history_latents" in batch:
-        history = batch["history_latents"][:, :, :, 0].swapaxes(1, 2)  # [B, c, W, h, w]
-        frames = history.shape[2]
-        valid = jnp.arange(frames) >= frames - batch["video_history_valid_len"][:, None]
-        positions = batch["video_history_frame_indices"]
-        memory = apply("recall", history, positions, valid, text, text_mask)
+    memory = recall_history(apply, batch)
     future = jnp.arange(clean.shape[2]) > 0
     noisy = jnp.where(
         future[:, None, None], flow_matching.mix(clean, noise.video, noise.video_times), clean

@@ -19,7 +19,7 @@ EPISODE_STEPS = 155  # 6.2 s
 MAX_REWARD = 4
 
 CAMERAS = {"cam_high": "top", "cam_left_wrist": "left_wrist", "cam_right_wrist": "right_wrist"}
-IMAGE_SIZES = {"cam_high": (128, 128), "cam_left_wrist": (64, 64), "cam_right_wrist": (64, 64)}
+IMAGE_SIZES = {"cam_high": (64, 128), "cam_left_wrist": (64, 64), "cam_right_wrist": (64, 64)}
 ARM_JOINTS = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate")
 STATE_NAMES = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in (*ARM_JOINTS, "gripper"))
 INSTRUCTIONS = {
@@ -35,7 +35,9 @@ _OBJECT_RANGES = {
 _START_POSE = np.array([0, -0.96, 1.16, 0, -0.3, 0, 0.02239, -0.02239] * 2)
 _FINGER_CLOSED, _FINGER_OPEN = 0.01844, 0.058  # metres, finger slide at gripper 0 and at gripper 1
 _LARGEST_IMAGE = (480, 640)  # height, width in pixels of the drawing buffer
-_WRIST_FOVY = 60.0  # degrees; the scene's 20 show little more than the fingertips
+# Vertical fields of view in degrees. The scene's 78 of the top camera are half floor, its 20 of the wrists show
+# little more than the fingertips.
+_FOVY = {"top": 44.0, "left_wrist": 60.0, "right_wrist": 60.0}
 
 # Which state numbers are arm angles and grippers, and where their joints lie in MuJoCo's qpos and ctrl.
 _ARM_STATE = np.array([*range(6), *range(7, 13)])
@@ -61,8 +63,8 @@ def load_model(task: str) -> mujoco.MjModel:
         )
     assets = Path(spec.submodule_search_locations[0]) / "assets"
     model = mujoco.MjModel.from_xml_path(str(assets / f"bimanual_viperx_{task}.xml"))
-    for camera in ("left_wrist", "right_wrist"):
-        model.cam_fovy[model.camera(camera).id] = _WRIST_FOVY
+    for camera, degrees in _FOVY.items():
+        model.cam_fovy[model.camera(camera).id] = degrees
     model.vis.quality.shadowsize = 0
     model.vis.quality.offsamples = 0
     return model

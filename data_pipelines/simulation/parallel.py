@@ -18,7 +18,7 @@ import numpy as np
 from data_pipelines.simulation.env import AlohaSim
 from data_pipelines.simulation.rendering import check_rendering
 
-FILM_SIZE = (240, 320)  # height, width in pixels of the frames of rollout videos
+FILM_SIZE = (240, 480)  # height, width in pixels of the frames of rollout videos
 
 
 class ParallelSims:
@@ -32,7 +32,7 @@ class ParallelSims:
 
     Attributes:
         success, held: bool [N], as in `AlohaSim`, after the latest `run`.
-        films: {number: list of uint8 [240, 320, 3] frames of cam_high}.
+        films: {number: list of uint8 [240, 480, 3] frames of cam_high}.
     """
 
     def __init__(

@@ -230,8 +230,8 @@ def test_parallel_equals_serial(drawing: None) -> None:
                     sim.step(action)
         assert parallel.success.tolist() == parallel.held.tolist() == [True, False, True]
         film = parallel.films[2]
-        assert list(parallel.films) == [2] and len(film) == 31 and film[0].shape == (240, 320, 3)
-        np.testing.assert_array_equal(film[-1], sims[2].render("cam_high", (240, 320)))
+        assert list(parallel.films) == [2] and len(film) == 31 and film[0].shape == (240, 480, 3)
+        np.testing.assert_array_equal(film[-1], sims[2].render("cam_high", (240, 480)))
         with pytest.raises(ValueError, match=r"expected \[3, steps, 14\]"):
             parallel.run(actions[:2])
         with pytest.raises(RuntimeError, match="14 finite numbers"):

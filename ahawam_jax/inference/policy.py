@@ -1,0 +1,171 @@
+"""Policy: observation in, one chunk of actions out; the planner runs every few chunks, the router at every one."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ahawam_jax.inference.sampling import denoise
+from ahawam_jax.models.aha_wam import AhaWam, abstract_params, empty_memory
+from ahawam_jax.models.config import PATCH, SPATIAL_STRIDE, ModelConfig
+from ahawam_jax.models.memory import PlannerContext, PlannerMemory
+from ahawam_jax.models.towers import build_towers
+from ahawam_jax.training.checkpoints import CheckpointError, Checkpoints, find_step
+from ahawam_jax.training.step import pixels
+from data_pipelines.canvas import canvas_size, compose
+from data_pipelines.statistics import denormalize, normalize
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """How a checkpoint is run. Defaults are the release's for RoboTwin."""
+
+    refresh_every: int = 2  # R, executor calls per planner refresh
+    steps: int = 10  # Euler steps of the executor
+    execute: int = 16  # actions of a chunk that the robot runs before the next call
+    memory: bool = True  # False forgets earlier frames before every refresh (ablation)
+    routing: bool = True  # False hands the planner context to the executor as it is (ablation)
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises ValueError if these settings ask for chunks the model was not trained on."""
+        if not 1 <= self.execute <= model.chunk:
+            raise ValueError(f"policy.execute is {self.execute}; expected 1 to {model.chunk}, the actions of a chunk.")
+        reach = (self.refresh_every - 1) * self.execute
+        if self.refresh_every < 1 or reach >= model.horizon:
+            raise ValueError(
+                f"policy.refresh_every {self.refresh_every} with {self.execute} executed actions reaches {reach} "
+                f"actions beyond the planner's frame, but training covered {model.horizon}; refresh more often."
+            )
+        if self.steps < 1:
+            raise ValueError(f"policy.steps is {self.steps}; expected at least one Euler step.")
+
+
+@flax.struct.dataclass
+class PolicyState:
+    """What lives across calls for a batch of B episodes."""
+
+    context: PlannerContext  # of the newest planner frame, [L, B, 1, S, N, H]
+    memory: PlannerMemory
+    text: jax.Array  # [B, K, X]
+    text_mask: jax.Array  # [B, K]
+    elapsed: int = flax.struct.field(pytree_node=False, default=0)  # actions run since the episode began
+    planned_at: int = flax.struct.field(pytree_node=False, default=0)  # `elapsed` at the newest refresh
+    calls: int = flax.struct.field(pytree_node=False, default=0)
+
+
+class Policy:
+    """A checkpoint and how to run it. Holds no episode: the state goes in and comes back.
+
+        policy = Policy.load("runs/demo")
+        state = policy.start(["pick up the red cube ..."])
+        actions, state = policy(images, robot_state, state)
+    """
+
+    def __init__(
+        self, model: AhaWam, params: Any, config: ConfigDict, statistics: Mapping[str, Any],
+        policy: PolicyConfig,
+    ):  # fmt: skip
+        policy.check(model.config)
+        self.model, self.params, self.config, self.statistics = model, params, policy, statistics
+        self.head_size = tuple(config.data.head_size)
+        tower, self._text_tower = build_towers(config.towers, model.config)
+        height, width = canvas_size(self.head_size)
+        self._tokens = height * width // (SPATIAL_STRIDE * PATCH) ** 2
+        self._key = jax.random.key(config.seed)
+        shift = config.objective.shift
+
+        def encode(canvas: jax.Array) -> jax.Array:  # uint8 [B, H, W, 3] -> [B, c, 1, h, w]
+            return tower.encode(pixels(canvas[:, None]))
+
+        @jax.jit
+        def refresh(params, canvas, position, text, text_mask, memory):
+            return model.apply(
+                {"params": params}, encode(canvas), position, text, text_mask, memory, method="refresh"
+            )
+
+        @jax.jit
+        def chunk(params, context, canvas, states, text, text_mask, start, key):
+            routed = context
+            if policy.routing:
+                routed = model.apply({"params": params}, context, encode(canvas)[:, None], method="route")
+            shape = (canvas.shape[0], 1, model.config.chunk, model.config.action_dim)
+            noise = jax.random.normal(key, shape)
+            positions = start + jnp.arange(model.config.chunk)[None]
+            return denoise(
+                model, params, noise, positions, text, text_mask, states[:, None], routed, policy.steps, shift
+            )[:, 0]
+
+        self._refresh, self._chunk = refresh, chunk
+
+    @classmethod
+    def load(cls, path: str | Path, **overrides: Any) -> "Policy":
+        """From a workdir of ahawam_jax.train or one of its checkpoint steps.
+
+        overrides: fields of PolicyConfig; the rest comes from the run's config.policy.
+        """
+        workdir, step = find_step(path)
+        checkpoints = Checkpoints(workdir)
+        run = checkpoints.restore_run(step)
+        missing = [name for name in ("config", "statistics") if name not in run]
+        if missing:
+            raise CheckpointError(f"{path} at step {step} lacks {', '.join(missing)}; it was not written by train.")
+        config = ConfigDict(run["config"])
+        model = AhaWam(ModelConfig.create(config.model))
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nn.unbox(abstract_params(model.config))
+        )
+        params = checkpoints.restore_params(step, like)
+        checkpoints.close()
+        statistics = {
+            kind: {name: np.array(values) for name, values in s.items()} for kind, s in run["statistics"].items()
+        }
+        return cls(model, params, config, statistics, PolicyConfig(**{**config.policy.to_dict(), **overrides}))
+
+    def start(self, instructions: Sequence[str]) -> PolicyState:
+        """State of a batch of new episodes, one instruction each: an empty memory."""
+        text, mask = zip(*(self._text_tower.tokens(text) for text in instructions), strict=True)
+        memory = empty_memory(self.model.config, len(instructions), self._tokens)
+        return PolicyState(memory.context.frame(-1 % memory.valid.shape[1]), memory, jnp.stack(text), jnp.stack(mask))
+
+    def __call__(
+        self, images: Mapping[str, np.ndarray], robot_state: np.ndarray, state: PolicyState
+    ) -> tuple[np.ndarray, PolicyState]:
+        """One executor call, with a planner refresh before it when one is due.
+
+        images: uint8 [B, h, w, 3] per camera, of now. robot_state: [B, p] in the units of the recording.
+        Returns actions [B, chunk, d] in the units of the recording, of which config.execute are meant to be run
+        before the next call, and the state for that call.
+        """
+        model, cfg = self.model.config, self.config
+        robot_state = np.asarray(robot_state, np.float32)
+        if robot_state.shape != (state.text.shape[0], model.state_dim) or not np.isfinite(robot_state).all():
+            raise ValueError(
+                f"robot_state has shape {robot_state.shape}; expected {(state.text.shape[0], model.state_dim)} finite "
+                "numbers, one row per episode of the state."
+            )
+        canvas = jnp.asarray(compose(images, self.head_size))
+        if state.calls % cfg.refresh_every == 0:
+            position = jnp.full(len(canvas), state.elapsed // model.video_ratio, jnp.int32)
+            memory = state.memory
+            if not cfg.memory:
+                memory = memory.replace(valid=jnp.zeros_like(memory.valid))
+            context, memory = self._refresh(self.params, canvas, position, state.text, state.text_mask, memory)
+            state = state.replace(context=context, memory=memory, planned_at=state.elapsed)
+        # Chunks count from the planner's frame; a call in the midst of one belongs to it, as offsets in training.
+        chunk_index = (state.elapsed - state.planned_at) // model.chunk
+        actions = self._chunk(
+            self.params, state.context, canvas, normalize(robot_state, self.statistics["state"]), state.text,
+            state.text_mask, chunk_index * model.chunk, jax.random.fold_in(self._key, state.calls),
+        )  # fmt: skip
+        actions = denormalize(np.asarray(actions), self.statistics["action"])
+        return actions, state.replace(calls=state.calls + 1, elapsed=state.elapsed + cfg.execute)
+
+

@@ -1,0 +1,131 @@
+"""Orbax checkpoints: the train state with its data position, and a separate item for inference.
+
+WORKDIR/checkpoints/STEP holds
+  state      parameters, optimizer, average, step                  what training resumes from
+  inference  parameters to deploy (the average, if there is one)   what the policy loads
+  run        JSON: config, statistics, instructions, seed and the number of batches consumed
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ahawam_jax.training.step import TrainState
+
+FOLDER = "checkpoints"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which, what was expected and what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. Saving is asynchronous and atomic: a killed job leaves whole steps only."""
+
+    def __init__(self, workdir: str | Path, keep: int = 2):
+        self.folder = (Path(workdir) / FOLDER).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=options, item_names=("state", "inference", "run")
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, run: dict[str, Any]) -> None:
+        """Writes the state's step; `run` is JSON-ready and goes beside it."""
+        step = int(state.step)
+        if step == self.latest:
+            return
+        deployed = state.params if state.ema is None else state.ema
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                inference=ocp.args.StandardSave(deployed),
+                run=ocp.args.JsonSave(run),
+            ),
+        )
+
+    def restore_run(self, step: int) -> dict[str, Any]:
+        """The JSON record of a step."""
+        return self._restore(step, run=ocp.args.JsonRestore())["run"]
+
+    def restore_state(self, step: int, like: TrainState) -> TrainState:
+        """The train state of a step, laid out like `like` (abstract arrays with target shardings)."""
+        check_arrays(self.folder / str(step) / "state", like)
+        return self._restore(step, state=ocp.args.StandardRestore(like))["state"]
+
+    def restore_params(self, step: int, like: Any) -> Any:
+        """The parameters to deploy, laid out like `like`."""
+        check_arrays(self.folder / str(step) / "inference", like)
+        return self._restore(step, inference=ocp.args.StandardRestore(like))["inference"]
+
+    def wait(self) -> None:
+        """Returns when everything handed to `save` is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then ends the background threads."""
+        self._manager.close()
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.folder / str(step)} cannot be read ({error}); delete that step's folder to fall back on an "
+                "older one."
+            ) from error
+
+
+def check_arrays(item: Path, like: Any) -> None:
+    """Raises one CheckpointError listing every array that `item` lacks, has in excess or in another shape."""
+    expected = {_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(like)}
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(item).item_metadata
+        stored = {
+            _name(path): tuple(x.shape)
+            for path, x in jax.tree_util.tree_leaves_with_path(getattr(stored, "tree", stored))
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{item} is not a readable checkpoint item ({error}); use another step.") from error
+    problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in stored]
+    problems += [f"surplus: {name} {list(shape)}" for name, shape in stored.items() if name not in expected]
+    problems += [
+        f"misshapen: {name} is {list(stored[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in stored and stored[name] != shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{item} does not fit this configuration; use the config it was trained with or another checkpoint:\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """Tree path as 'params/planner/...', whether its containers are structs, dicts, tuples or their JSON form."""
+    parts = (getattr(key, "name", getattr(key, "key", getattr(key, "idx", None))) for key in path)
+    return "/".join(str(part) for part in parts)
+
+
+def find_step(path: str | Path) -> tuple[Path, int]:
+    """A workdir, its checkpoints folder or one step's folder -> (workdir, step), the newest step if not named."""
+    path = Path(path)
+    if path.name.isdigit() and path.parent.name == FOLDER and path.is_dir():
+        return path.parent.parent, int(path.name)
+    workdir = path.parent if path.name == FOLDER else path
+    folder = workdir / FOLDER
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    if not steps:
+        raise CheckpointError(
+            f"{path} holds no checkpoint; expected a workdir of ahawam_jax.train with {FOLDER}/STEP inside."
+        )
+    return workdir, int(np.max(steps))

@@ -1,0 +1,337 @@
+"""The training loop, top to bottom: data, state, resume, steps, logs, validation, checkpoints."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+
+from ahawam_jax.models.aha_wam import AhaWam
+from ahawam_jax.models.config import ModelConfig
+from ahawam_jax.models.towers import build_towers
+from ahawam_jax.training import sharding
+from ahawam_jax.training.checkpoints import Checkpoints
+from ahawam_jax.training.objective import ObjectiveConfig
+from ahawam_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from ahawam_jax.training.step import TrainState, create_state, make_train_step
+from ahawam_jax.training.validation import make_open_loop_error
+from data_pipelines.canvas import CAMERAS
+from data_pipelines.frame_cache import DecodingFrames, open_frames
+from data_pipelines.lerobot import LeRobotDataset
+from data_pipelines.loader import evaluation_batches, make_loader
+from data_pipelines.statistics import compute_statistics
+from data_pipelines.windows import WindowConfig
+
+# What may differ between a run and its continuation: it changes neither the result nor the checkpoint.
+FREE_FIELDS = ("train.log_every", "train.checkpoint_every", "train.validate_every", "train.keep", "mesh", "data.cache",
+               "policy")  # fmt: skip
+VALIDATION_BATCHES = 4
+
+
+class Interrupted(Exception):
+    """Training stopped on request after saving a checkpoint."""
+
+
+@dataclasses.dataclass
+class Data:
+    """The dataset as the loop needs it."""
+
+    dataset: LeRobotDataset
+    frames: Any
+    windows: WindowConfig
+    statistics: dict[str, dict[str, np.ndarray]]
+    context: np.ndarray  # [I, K, X] text tokens of every distinct instruction
+    context_mask: np.ndarray  # [I, K]
+    train_episodes: list[int]
+    validation_episodes: list[int]
+
+
+def open_data(config: ConfigDict, model: ModelConfig, text_tower: Any) -> Data:
+    """Opens config.data and checks that it fits the model; every misfit is one sentence."""
+    dataset = LeRobotDataset(config.data.path)
+    dataset.require_cameras(CAMERAS)
+    for name, width, expected in (
+        ("action", dataset.action_dim, model.action_dim),
+        ("state", dataset.state_dim, model.state_dim),
+    ):
+        if width != expected:
+            raise ValueError(
+                f"{dataset.root} has {name}s {width} wide, the model expects {expected}; set "
+                f"config.model.{name}_dim={width} or choose another dataset."
+            )
+    windows = WindowConfig(
+        model.horizon, model.chunk, model.video_ratio, model.memory_frames, config.data.history_stride,
+        config.data.max_offset,
+    )  # fmt: skip
+    episodes, held_out = len(dataset.lengths), config.data.validation_episodes
+    if not 0 <= held_out < episodes:
+        raise ValueError(
+            f"config.data.validation_episodes is {held_out}, but {dataset.root} has {episodes} episodes; hold out "
+            "fewer."
+        )
+    head_size = tuple(config.data.head_size)
+    if config.data.cache:
+        frames = open_frames(dataset, head_size, config.data.cache, processes=min(8, os.cpu_count() or 1))
+    else:
+        frames = DecodingFrames(dataset, head_size)
+    context, mask = zip(*(text_tower.tokens(text) for text in dataset.instructions), strict=True)
+    return Data(
+        dataset, frames, windows, compute_statistics(dataset), np.stack(context), np.stack(mask),
+        list(range(episodes - held_out)), list(range(episodes - held_out, episodes)),
+    )  # fmt: skip
+
+
+def check_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Writes the config of a new workdir; of an old one, raises ValueError listing the fields that differ."""
+    path = workdir / "config.json"
+    now = json.loads(config.to_json())
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(now, indent=1))
+        temporary.replace(path)
+        return
+    before, after = _fields(json.loads(path.read_text())), _fields(now)
+    changed = [
+        f"{name}: {before.get(name, 'absent')} there, {after.get(name, 'absent')} now"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and not name.startswith(FREE_FIELDS)
+    ]
+    if changed:
+        raise ValueError(
+            f"{workdir} belongs to a run with another config; use another --workdir, or the same config to resume:"
+            "\n  " + "\n  ".join(changed)
+        )
+
+
+def _fields(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, x in tree.items() for k, v in _fields(x, f"{prefix}.{key}".removeprefix(".")).items()}
+
+
+class Log:
+    """metrics.jsonl with one line per step, TensorBoard scalars, and the progress line."""
+
+    def __init__(self, workdir: Path, start: int):
+        self.path = workdir / "metrics.jsonl"
+        kept = []
+        if self.path.exists():  # a resumed run writes the steps after its checkpoint again
+            kept = [line for line in self.path.read_text().splitlines(True) if _step(line, start)]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(self.path)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Remembers a step's metrics without waiting for them."""
+        self._pending.append((step, metrics))
+
+    def flush(self) -> dict[str, float]:
+        """Writes what is pending and returns its means. A loss that is not finite is a FloatingPointError."""
+        rows = [(step, {k: float(v) for k, v in m.items()}) for step, m in jax.device_get(self._pending)]
+        self._pending = []
+        with self.path.open("a") as file:
+            for step, row in rows:
+                if not np.isfinite(row["loss"]):
+                    raise FloatingPointError(
+                        f"The loss is {row['loss']} at step {step}; the last checkpoint is intact. Lower "
+                        "config.optimizer.learning_rate or look at the data around that step."
+                    )
+                file.write(json.dumps({"step": step, **row}) + "\n")
+        means = {k: float(np.mean([row[k] for _, row in rows])) for k in rows[0][1]} if rows else {}
+        if rows:
+            self.scalars(rows[-1][0], means)
+        return means
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """TensorBoard scalars of one step."""
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+
+def _step(line: str, start: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= start
+    except ValueError:  # the last line of a killed run may be cut off
+        return False
+
+
+def train(config: ConfigDict, workdir: str | Path) -> float:
+    """Trains config into workdir, resuming if it holds a checkpoint. Returns the last open-loop error.
+
+    Raises ValueError (in sentences) for input that does not fit, Interrupted after SIGINT or SIGTERM.
+    """
+    workdir = Path(workdir)
+    model = AhaWam(ModelConfig.create(config.model))
+    objective, optimizer = ObjectiveConfig(**config.objective), OptimizerConfig(**config.optimizer)
+    mesh = sharding.make_mesh(config.mesh)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"] * optimizer.accumulate
+    if config.data.batch_size % rows:
+        raise ValueError(
+            f"config.data.batch_size {config.data.batch_size} must be a multiple of mesh data * fsdp * accumulate = "
+            f"{rows}."
+        )
+    video_tower, text_tower = build_towers(config.towers, model.config)
+    data = open_data(config, model.config, text_tower)
+    check_workdir(workdir, config)
+    checkpoints = Checkpoints(workdir, config.train.keep)
+
+    tx = make_optimizer(optimizer, config.train.steps)
+    key = jax.random.key(config.seed)
+    state, layout = initial_state(model, tx, key, optimizer.ema_decay > 0, mesh, checkpoints)
+    start = int(state.step)
+    run = {
+        "config": json.loads(config.to_json()),
+        "statistics": {k: {n: v.tolist() for n, v in s.items()} for k, s in data.statistics.items()},
+        "instructions": list(data.dataset.instructions),
+    }
+    context, context_mask = (jax.device_put(x, sharding.replicated(mesh)) for x in (data.context, data.context_mask))
+    step_fn = jax.jit(
+        make_train_step(model, video_tower, tx, objective, optimizer), donate_argnums=0,
+        out_shardings=(layout, sharding.replicated(mesh)),
+    )  # fmt: skip
+    open_loop_error = make_open_loop_error(model, video_tower, config.policy.steps, objective.shift)
+    loader = make_loader(
+        data.dataset, data.frames, data.windows, data.statistics, config.data.batch_size, config.seed,
+        jax.process_index(), jax.process_count(), start, data.train_episodes,
+    )  # fmt: skip
+    schedule = learning_rate(optimizer, config.train.steps)
+    log, stop, error = Log(workdir, start), _StopFlag(), float("nan")
+    _banner(config, model, data, mesh, start)
+
+    def save() -> None:
+        log.flush()
+        position = {"batches": int(state.step), "seed": config.seed}
+        checkpoints.save(state, run | {"data_position": position})
+
+    timer = _Timer(start)
+    with sharding.activation_rules(mesh):
+        for step in range(start + 1, config.train.steps + 1):
+            with timer.waiting():
+                batch = sharding.put_batch(next(loader), mesh)
+            state, metrics = step_fn(state, batch, context, context_mask, key)
+            log.add(step, metrics)
+            if step % config.train.log_every == 0 or step == config.train.steps:
+                means = log.flush()
+                log.scalars(step, {"learning_rate": float(schedule(step))})
+                _progress(step, config, means, timer.read(step))
+            if step % config.train.validate_every == 0 or step == config.train.steps:
+                error = _validate(config, data, state, mesh, open_loop_error, context, context_mask)
+                log.scalars(step, {"open_loop_error": error})
+                print(f"step {step}: open-loop error {error:.4f} standard deviations", flush=True)
+                timer.skip(step)
+            if step % config.train.checkpoint_every == 0 or step == config.train.steps or stop.requested:
+                save()
+                timer.skip(step)
+            if stop.requested:
+                checkpoints.close()
+                raise Interrupted(f"Stopped at step {step}; the same command resumes there.")
+    checkpoints.close()
+    return error
+
+
+def initial_state(
+    model: AhaWam, tx: Any, key: jax.Array, ema: bool, mesh: jax.sharding.Mesh, checkpoints: Checkpoints
+) -> tuple[TrainState, Any]:
+    """The newest checkpoint's state, or a fresh one, made sharded; and its shardings."""
+    boxed = jax.eval_shape(lambda: create_state(model, tx, key, ema))
+    layout = sharding.shardings(boxed, mesh)
+    if checkpoints.latest is not None:
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), layout
+        )
+        return checkpoints.restore_state(checkpoints.latest, like), layout
+    create = jax.jit(lambda: nn.unbox(create_state(model, tx, key, ema)), out_shardings=layout)
+    return create(), layout
+
+
+def _validate(config, data, state, mesh, open_loop_error, context, context_mask) -> float:
+    """Mean absolute error of sampled chunks on held-out episodes, in standard deviations of the actions."""
+    if not data.validation_episodes:
+        return float("nan")
+    params = state.params if state.ema is None else state.ema
+    batches: Iterator[dict[str, np.ndarray]] = evaluation_batches(
+        data.dataset, data.frames, data.windows, data.statistics, config.data.batch_size,
+        data.validation_episodes, VALIDATION_BATCHES, jax.process_index(), jax.process_count(),
+    )  # fmt: skip
+    errors = [
+        open_loop_error(params, sharding.put_batch(batch, mesh), context, context_mask, jax.random.key(i))
+        for i, batch in enumerate(batches)
+    ]
+    return float(jnp.mean(jnp.stack(errors)))
+
+
+class _StopFlag:
+    """Turns SIGINT and SIGTERM into a request that the loop honours between two steps; a second SIGINT aborts."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step, saving a checkpoint ...", file=sys.stderr, flush=True)
+
+
+class _Timer:
+    """Rates since the last reading, without validation and checkpoints."""
+
+    def __init__(self, step: int):
+        self.skip(step)
+
+    def skip(self, step: int) -> None:
+        self._step, self._since, self._waited = step, time.monotonic(), 0.0
+
+    def waiting(self) -> "_Timer":
+        return self
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._waited += time.monotonic() - self._began
+
+    def read(self, step: int) -> tuple[float, float]:
+        """(seconds per step, share of time spent waiting for data)"""
+        elapsed = time.monotonic() - self._since
+        rate = elapsed / max(step - self._step, 1), self._waited / max(elapsed, 1e-9)
+        self.skip(step)
+        return rate
+
+
+def _progress(step: int, config: ConfigDict, means: dict[str, float], rate: tuple[float, float]) -> None:
+    seconds, wait = rate
+    left = int(seconds * (config.train.steps - step))
+    print(
+        f"step {step}/{config.train.steps}  loss {means['loss']:.4f} (video {means['loss_video']:.4f}, action "
+        f"{means['loss_action']:.4f})  {config.data.batch_size / seconds:.0f} samples/s  data wait {wait:.0%}  "
+        f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}",
+        flush=True,
+    )
+
+
+def _banner(config: ConfigDict, model: AhaWam, data: Data, mesh: jax.sharding.Mesh, start: int) -> None:
+    lengths = data.dataset.lengths
+    print(
+        f"{'resuming at step ' + str(start) if start else 'starting'}: {len(lengths)} episodes, {lengths.sum()} rows, "
+        f"{len(data.train_episodes)} to train; batch {config.data.batch_size}; mesh {dict(mesh.shape)} on "
+        f"{jax.devices()[0].device_kind}; compute {model.config.dtype}",
+        flush=True,
+    )

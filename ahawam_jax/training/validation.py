@@ -1,0 +1,45 @@
+"""Open-loop validation: sampled chunks against recorded ones on held-out windows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ahawam_jax.inference.sampling import denoise
+from ahawam_jax.models.aha_wam import AhaWam
+from ahawam_jax.training.objective import recall_history, window
+from ahawam_jax.training.step import Batch, encode
+
+
+def make_open_loop_error(model: AhaWam, tower: Any, steps: int, shift: float) -> Callable[..., jax.Array]:
+    """The jitted function (params, batch, context, context_mask, key) -> mean |sampled - recorded| over all
+    actions that are not padding, in the normalised units of the batch (standard deviations)."""
+
+    @jax.jit
+    def error(params: Any, batch: Batch, context: jax.Array, context_mask: jax.Array, key: jax.Array) -> jax.Array:
+        inputs = encode(batch, tower, context, context_mask)
+        text, text_mask = inputs["context"], inputs["context_mask"]
+        latents = inputs["input_latents"][:, :, :1]
+        chunks, length = inputs["obs_latents"].shape[1], model.config.chunk
+        horizon = chunks * length
+
+        def apply(method: str, *args: Any) -> Any:
+            return model.apply({"params": params}, *args, method=method)
+
+        memory = recall_history(apply, inputs)
+        times = jnp.zeros(latents.shape[:1] + (1,))
+        positions = inputs["video_temporal_position_ids"][:, :1]
+        planned = apply("plan", latents, times, positions, text, text_mask, memory)
+        routed = apply("route", planned.context, inputs["obs_latents"])
+        start = inputs["action_offset"]
+        recorded = window(inputs["action"], start, horizon).reshape(-1, chunks, length, model.config.action_dim)
+        keep = ~window(inputs["action_is_pad"], start, horizon).reshape(recorded.shape[:-1])
+        states = window(inputs["proprio"], start, horizon)[:, ::length]
+        noise = jax.random.normal(key, recorded.shape)
+        positions = jnp.arange(horizon).reshape(chunks, length)
+        sampled = denoise(model, params, noise, positions, text, text_mask, states, routed, steps, shift)
+        deviation = jnp.abs(sampled - recorded).mean(-1)
+        return jnp.where(keep, deviation, 0).sum() / jnp.maximum(keep.sum(), 1)
+
+    return error

@@ -1,0 +1,43 @@
+"""RoboTwin 2.0 at full size (Table 4): horizon 64, chunks of 16, six history frames, 384x320 canvas."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 42
+
+    # Wan2.2-TI2V-5B as planner, a 1B executor of the same depth.
+    config.model = ConfigDict(dict(
+        num_layers=30, num_heads=24, head_dim=128,
+        planner_dim=3072, planner_ffn_dim=14336, executor_dim=1024, executor_ffn_dim=4096,
+        latent_channels=48, text_dim=4096, freq_dim=256, action_dim=14, state_dim=14, num_queries=32,
+        chunk=16, horizon=64, memory_frames=6, video_ratio=8,
+        prediction="velocity", dtype="bfloat16", remat="full",
+    ))  # fmt: skip
+
+    # The frozen towers of the release.
+    config.towers = ConfigDict(dict(video="wan2.2_vae", text="umt5", text_length=128))
+
+    config.objective = ConfigDict(dict(
+        shift=5.0, time_law="shifted_uniform", action_time_law="shifted_uniform", action_times="per_chunk",
+        video_weight=1.0, action_weight=1.0, loss_weight="bell", action_loss_weight="bell", action_draws=1,
+    ))  # fmt: skip
+
+    # 65 rows a window: 64 actions, 9 video frames; history one horizon apart.
+    config.data = ConfigDict(dict(
+        path="data/robotwin", cache="", head_size=(256, 320), history_stride=64, max_offset=0,
+        batch_size=256, validation_episodes=50,
+    ))  # fmt: skip
+
+    config.optimizer = ConfigDict(dict(
+        learning_rate=5e-5, final_fraction=0.1, warmup_steps=1000, b1=0.9, b2=0.95, weight_decay=1e-2,
+        clip_norm=1.0, ema_decay=0.0, accumulate=1,
+    ))  # fmt: skip
+
+    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    config.train = ConfigDict(dict(
+        steps=60_000, log_every=20, validate_every=2000, checkpoint_every=2000, keep=3
+    ))  # fmt: skip
+    config.policy = ConfigDict(dict(refresh_every=2, steps=10, execute=16, memory=True, routing=True))
+    return config
