@@ -16,5 +16,5 @@ def run(main: Callable[[list[str]], None]) -> None:
             message = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split()).strip("'\"")
             sys.exit(f"error: the flags do not fit the config: {message}")
 
-    logging.set_verbosity(logging.WARNING)  # orbax reports every file it writes
+    logging.set_verbosity(logging.ERROR)  # orbax reports every file it writes
     app.run(main, flags_parser=parse)

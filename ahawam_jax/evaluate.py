@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     from absl import logging
 
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)
     from ahawam_jax.evaluation.rollouts import HEADER, policy_actor, roll_out
     from ahawam_jax.inference.policy import Policy
 

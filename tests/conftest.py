@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+# Eight virtual devices, for the tests of sharding; must be set before anything imports jax.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -77,5 +77,5 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 @contextlib.contextmanager
 def activation_rules(mesh: Mesh) -> Iterator[None]:
     """Inside, the models' logical activation constraints mean axes of this mesh."""
-    with mesh, nn.logical_axis_rules(RULES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield

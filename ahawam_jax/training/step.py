@@ -95,7 +95,7 @@ def make_train_step(
 
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["gradient_norm"] = optax.global_norm(gradient)
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
         ema = state.ema
         if ema is not None:
             # Early on the average follows closely, so that it is not dominated by the initial values.

@@ -6,13 +6,14 @@ views at every step and is therefore hundreds of times slower than the physics.
 
 import functools
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import mujoco
 import numpy as np
 
-from data_pipelines.simulation.rendering import Renderer, check_rendering
+from data_pipelines.simulation.rendering import PointRenderer, Renderer, check_rendering
 
 FPS = 25
 EPISODE_STEPS = 155  # 6.2 s
@@ -71,8 +72,10 @@ def load_model(task: str) -> mujoco.MjModel:
 
 
 @functools.cache
-def _renderer(task: str) -> Renderer:
+def _renderer(task: str) -> Renderer | PointRenderer:
     """One off-screen buffer for all environments of a process that draw the same scene."""
+    if os.environ.get("MUJOCO_GL") == "points":
+        return PointRenderer(load_model(task))
     try:
         return Renderer(load_model(task), *_LARGEST_IMAGE)
     except Exception as error:  # whatever a missing or broken driver raises

@@ -97,3 +97,50 @@ class Renderer:
         image = np.empty((height, width, 3), np.uint8)
         mujoco.mjr_readPixels(image, None, view, self._context)
         return image[::-1].copy()  # OpenGL counts rows from below
+
+
+class PointRenderer:
+    """Draws scenes without OpenGL: the vertices of every geom as dots, the nearest in front.
+
+    A stand-in for machines without a driver, chosen with MUJOCO_GL=points; good enough to train on, not to look at.
+    """
+
+    def __init__(self, model: mujoco.MjModel) -> None:
+        self._model = model
+        points, owners = [], []
+        for geom in range(model.ngeom):
+            if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_MESH:
+                mesh = model.geom_dataid[geom]
+                start = model.mesh_vertadr[mesh]
+                local = model.mesh_vert[start : start + model.mesh_vertnum[mesh]]
+            elif model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_BOX:
+                grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, 9)] * 3, indexing="ij"), -1).reshape(-1, 3)
+                local = grid[np.abs(grid).max(1) == 1] * model.geom_size[geom]
+            else:
+                continue
+            points.append(local)
+            owners.append(np.full(len(local), geom))
+        self._points, self._owners = np.concatenate(points), np.concatenate(owners)
+        material = model.geom_matid
+        # A geom without a material has its own colour; -1 would index from the end, or nothing at all.
+        table = np.concatenate([model.mat_rgba, np.zeros((1, 4))])
+        colours = np.where(material[:, None] >= 0, table[material], model.geom_rgba)
+        self._colours = (255 * colours[self._owners, :3]).astype(np.uint8)
+        self._visible = colours[self._owners, 3] > 0
+
+    def draw(self, data: mujoco.MjData, camera: str, size: tuple[int, int]) -> np.ndarray:
+        """What `camera` sees, uint8 [height, width, 3] RGB; `size` is (height, width) in pixels."""
+        height, width = size
+        number = self._model.camera(camera).id
+        rotations = data.geom_xmat.reshape(-1, 3, 3)[self._owners]
+        world = np.einsum("pij,pj->pi", rotations, self._points) + data.geom_xpos[self._owners]
+        right, up, back = ((world - data.cam_xpos[number]) @ data.cam_xmat[number].reshape(3, 3)).T
+        depth = np.maximum(-back, 1e-3)
+        focal = height / 2 / np.tan(np.radians(self._model.cam_fovy[number]) / 2)
+        column = np.floor(width / 2 + focal * right / depth).astype(int)
+        row = np.floor(height / 2 - focal * up / depth).astype(int)
+        seen = self._visible & (back < -0.01) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        order = np.flatnonzero(seen)[np.argsort(back[seen])]  # the farthest first, nearer ones paint over them
+        image = np.full((height, width, 3), 64, np.uint8)
+        image[row[order], column[order]] = self._colours[order]
+        return image

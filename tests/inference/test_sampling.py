@@ -1,0 +1,42 @@
+"""`denoise` against the same steps written out."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from ahawam_jax.inference.sampling import denoise
+from ahawam_jax.models.aha_wam import AhaWam
+from ahawam_jax.models.config import PREDICTIONS
+from ahawam_jax.models.memory import PlannerContext
+from tests.tiny_model import BATCH, CONFIG, TOKENS, assert_close, normal, quick_jit, random_batch, random_params
+
+STEPS, SHIFT = 3, 5.0
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_denoise_takes_euler_steps(prediction: str) -> None:
+    model, params, batch = AhaWam(dataclasses.replace(CONFIG, prediction=prediction)), random_params(), random_batch()
+    shape = (CONFIG.num_layers, BATCH, CONFIG.num_chunks, TOKENS, CONFIG.num_heads, CONFIG.head_dim)
+    routed = PlannerContext(normal(0, *shape), normal(1, *shape))
+    noise = normal(2, BATCH, CONFIG.num_chunks, CONFIG.chunk, CONFIG.action_dim)
+    positions = np.arange(CONFIG.horizon).reshape(CONFIG.num_chunks, CONFIG.chunk)
+    text, text_mask = batch["context"], batch["context_mask"]
+    states = normal(3, BATCH, CONFIG.num_chunks, CONFIG.state_dim)
+
+    @quick_jit
+    def act(x: jax.Array, times: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, x, times, positions, text, text_mask, states, routed, method="act")
+
+    x = noise
+    u = np.linspace(1, 0, STEPS + 1)
+    levels = SHIFT * u / (1 + (SHIFT - 1) * u)
+    for now, after in zip(levels[:-1], levels[1:], strict=True):
+        out = np.asarray(act(x, np.full((BATCH, CONFIG.num_chunks), 1000 * now, np.float32)))
+        velocity = out if prediction == "velocity" else (x - out) / np.float32(now)
+        x = x + velocity * np.float32(after - now)
+    run = quick_jit(
+        lambda noise: denoise(model, params, noise, positions, text, text_mask, states, routed, STEPS, SHIFT)
+    )
+    assert_close(run(noise), x)

@@ -1,0 +1,120 @@
+"""Norms, rotary embeddings, time embedding and attention against float64 numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ahawam_jax.models.attention import (
+    attention,
+    phase,
+    rms_norm,
+    rotary_angles_1d,
+    rotary_angles_3d,
+    rotary_rates,
+    rotate,
+)
+from ahawam_jax.models.dit import sinusoid
+from tests.tiny_model import assert_close, normal
+
+B, Q, K, N, H = 2, 5, 7, 3, 8
+FAR = np.concatenate([np.arange(0, 10001, 7), [699, 700, 4095, 4096, 9999, 10000]])
+
+
+def attention_loop(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    for b, i, n in np.ndindex(q.shape[:3]):
+        allowed = np.flatnonzero(mask[b, i])
+        if not len(allowed):
+            continue
+        scores = np.array([q[b, i, n] @ k[b, j, n] for j in allowed]) / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[b, i, n] = (weights / weights.sum()) @ v[b, allowed, n]
+    return out
+
+
+@pytest.fixture(scope="module")
+def qkv() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return normal(0, B, Q, N, H), normal(1, B, K, N, H), normal(2, B, K, N, H)
+
+
+@pytest.fixture(scope="module")
+def mask() -> np.ndarray:
+    mask = np.random.default_rng(3).random((B, Q, K)) < 0.5
+    mask[0, 2] = False
+    mask[1, 4] = np.arange(K) == 6
+    return mask
+
+
+def test_attention_matches_a_loop(qkv, mask) -> None:
+    assert_close(attention(*qkv, mask), attention_loop(*qkv, mask), 2e-6)
+    assert_close(attention(*qkv), attention_loop(*qkv, np.ones((B, Q, K), bool)), 2e-6)
+
+
+def test_fully_masked_query_gives_zero_and_zero_gradient(qkv, mask) -> None:
+    assert not mask[0, 2].any()
+    out, gradient = jax.jit(jax.value_and_grad(lambda q, k, v: attention(q, k, v, mask)[0, 2].sum(), (0, 1, 2)))(*qkv)
+    assert out == 0
+    for part in gradient:
+        np.testing.assert_array_equal(part, 0.0)
+    whole = jax.jit(jax.grad(lambda q, k, v: jnp.square(attention(q, k, v, mask)).sum(), (0, 1, 2)))(*qkv)
+    assert all(np.isfinite(part).all() for part in whole)
+    assert np.abs(whole[0][1, 0]).max() > 0
+
+
+@pytest.mark.parametrize("width", [128, 44, 12])
+def test_phase_is_exact_far_out(width: int) -> None:
+    rates = rotary_rates(width)
+    np.testing.assert_allclose(rates, [10000.0 ** (-2 * i / width) for i in range(width // 2)], rtol=1e-12)
+    got = np.asarray(jax.jit(lambda x: phase(x, rates))(FAR), np.float64)
+    want = FAR[:, None].astype(np.float64) * rates
+    assert np.abs(np.exp(1j * got) - np.exp(1j * want)).max() <= 2e-6
+
+
+def test_rotary_angles_3d_matches_a_loop() -> None:
+    frames, rows, columns, head_dim = np.array([[0, 3], [700, 9000]]), 3, 4, 20
+    side = head_dim // 3  # 6, 6 and 8 features for row, column and time
+    got = np.asarray(rotary_angles_3d(frames, rows, columns, head_dim), np.float64)
+    assert got.shape == (2, 2, rows * columns, head_dim // 2)
+    for b, f, y, x in np.ndindex(2, 2, rows, columns):
+        angles = [frames[b, f] * 1e4 ** (-2 * i / (head_dim - 2 * side)) for i in range((head_dim - 2 * side) // 2)]
+        angles += [at * 1e4 ** (-2 * i / side) for at in (y, x) for i in range(side // 2)]
+        assert np.abs(np.exp(1j * got[b, f, y * columns + x]) - np.exp(1j * np.array(angles))).max() <= 2e-6
+
+
+def test_rotation_is_the_complex_product() -> None:
+    x, angles = normal(4, 2, 5, N, H), rotary_angles_1d(np.array([[0, 1, 16, 700, 9999]] * 2), H)
+    turned = rotate(x, angles)
+    z = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * np.asarray(angles, np.float64))[:, :, None]
+    assert_close(turned, np.stack([z.real, z.imag], -1).reshape(x.shape), 2e-6)
+    assert_close(np.linalg.norm(turned, axis=-1), np.linalg.norm(x, axis=-1), 2e-6)
+
+
+def test_products_depend_on_relative_position_only() -> None:
+    q, k = normal(5, 1, N, H), normal(6, 1, N, H)
+
+    def product(at_q: int, at_k: int) -> jax.Array:
+        q_turned, k_turned = (rotate(x, rotary_angles_1d(np.array([at]), H)) for x, at in ((q, at_q), (k, at_k)))
+        return (q_turned * k_turned).sum(-1)
+
+    near = product(5, 2)
+    assert_close(product(9003, 9000), near, 1e-5)
+    assert np.abs(product(6, 2) - near).max() > 1e-2
+
+
+def test_rms_norm_spans_all_heads() -> None:
+    x, scale = normal(7, 2, N, H), normal(8, N, H)
+    wide = x.astype(np.float64)
+    want = wide / np.sqrt((wide**2).mean((-2, -1), keepdims=True) + 1e-2) * scale
+    assert_close(rms_norm(x, scale, 1e-2), want, 1e-6)
+    half = rms_norm(jnp.asarray(x, jnp.bfloat16), scale, 1e-2)
+    assert half.dtype == jnp.bfloat16
+    assert_close(half, want, 2e-2)
+
+
+def test_sinusoid_is_cosines_then_sines() -> None:
+    times, width = np.array([0.0, 1e-3, 0.5, 88.5, 731.25, 999.9, 1000.0], np.float32), 256
+    angles = times.astype(np.float64)[:, None] * 10000.0 ** (-np.arange(width // 2) / (width // 2))
+    want = np.concatenate([np.cos(angles), np.sin(angles)], 1)
+    assert np.abs(np.asarray(jax.jit(sinusoid, static_argnums=1)(times, width)) - want).max() <= 2e-6

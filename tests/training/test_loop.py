@@ -1,0 +1,166 @@
+"""Whole training runs at a tiny size: resuming, interrupting, refusing what does not fit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from ahawam_jax.inference.policy import Policy
+from ahawam_jax.training.loop import train
+from tests.conftest import REPOSITORY
+from tests.data_pipelines import tiny_dataset
+from tests.tiny_config import get_config
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_dataset.write_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def config(dataset: Path, cache: Path) -> ConfigDict:
+    config = get_config()
+    config.data.update(path=str(dataset), cache=str(cache / "frames"))
+    config.mesh.update(data=1, fsdp=8)  # all of the virtual devices
+    return config
+
+
+def start(dataset: Path, cache: Path, workdir: Path, *extra: str) -> subprocess.Popen:
+    """Training in a process of its own, on one device."""
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+    command = [
+        sys.executable, "-m", "ahawam_jax.train", "--config=tests/tiny_config.py", f"--workdir={workdir}",
+        f"--config.data.path={dataset}", f"--config.data.cache={cache / 'frames'}", *extra,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def curve(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_steps(workdir: Path, count: int, process: subprocess.Popen) -> None:
+    path = workdir / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < count:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(dataset: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    output = finish(start(dataset, cache, workdir, "--config.train.steps=200"))
+    assert "samples/s" in output and "ETA" in output and "open-loop error" in output
+    return workdir
+
+
+@pytest.mark.parametrize("kill_after", [2, 8, 51])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
+    uninterrupted: Path, dataset: Path, cache: Path, tmp_path: Path, kill_after: int
+) -> None:
+    """Killed before the first checkpoint (step 3), between two, and late."""
+    process = start(dataset, cache, tmp_path, "--config.train.steps=200")
+    wait_for_steps(tmp_path, kill_after, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(curve(tmp_path)) < 200
+    output = finish(start(dataset, cache, tmp_path, "--config.train.steps=200"))
+    assert "resuming at step" in output or kill_after == 2
+    assert curve(tmp_path) == curve(uninterrupted)
+    assert [row["step"] for row in curve(tmp_path)] == list(range(1, 201))
+
+
+def test_interrupt_saves_and_the_same_command_resumes(
+    uninterrupted: Path, dataset: Path, cache: Path, tmp_path: Path
+) -> None:
+    never = "--config.train.checkpoint_every=100000"
+    process = start(dataset, cache, tmp_path, "--config.train.steps=200", never)
+    wait_for_steps(tmp_path, 5, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "the same command resumes there" in output
+    done = len(curve(tmp_path))
+    assert f"resuming at step {done}:" in finish(start(dataset, cache, tmp_path, "--config.train.steps=200", never))
+    assert curve(tmp_path) == curve(uninterrupted)
+
+
+def test_wrong_flags_are_sentences(dataset: Path, cache: Path, tmp_path: Path) -> None:
+    for flag, expected in (
+        ("--config.optimizer.learning_rat=1", 'Did you mean "learning_rate"'),
+        ("--workdirr=x", "Did you mean: workdir"),
+        ("--config.data.path=/nowhere", "/nowhere"),
+    ):
+        process = start(dataset, cache, tmp_path, flag)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode != 0 and expected in output and "Traceback" not in output
+
+
+def test_workdir_of_another_config(config: ConfigDict, tmp_path: Path) -> None:
+    config.train.steps = 1
+    error = train(config, tmp_path)
+    assert np.isfinite(error)
+    config.optimizer.learning_rate = 0.5
+    with pytest.raises(ValueError, match=r"another config.*\n.*optimizer.learning_rate: 0.001 there, 0.5 now"):
+        train(config, tmp_path)
+    assert Policy.load(tmp_path).model.config.num_layers == 2  # and nothing was lost
+
+
+@pytest.mark.parametrize(
+    "section, values, message",
+    [
+        ("model", dict(action_dim=7), "actions 3 wide, the model expects 7; set config.model.action_dim=3"),
+        ("model", dict(state_dim=7), "states 5 wide, the model expects 7"),
+        ("data", dict(max_offset=4), "max_offset 4 must lie in 0..3"),
+        ("data", dict(batch_size=9), "must be a multiple of mesh data"),
+        ("data", dict(validation_episodes=3), "has 3 episodes; hold out fewer"),
+        ("data", dict(head_size=(48, 64)), "multiples of"),
+        ("towers", dict(video="wan2.2_vae"), "cannot run; it has block_transform"),
+        ("towers", dict(text_length=2), "has 3 words"),
+        ("model", dict(prediction="noise"), "expected one of velocity, sample"),
+        ("objective", dict(time_law="cosine"), "expected one of shifted_uniform, logit_normal"),
+        ("mesh", dict(fsdp=3), "does not fit 8 devices"),
+    ],
+)
+def test_what_does_not_fit_is_a_sentence(
+    config: ConfigDict, tmp_path: Path, section: str, values: dict, message: str
+) -> None:
+    config[section].update(values)
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path)
+
+
+def test_dataset_without_a_camera(config: ConfigDict, tmp_path: Path) -> None:
+    root = tiny_dataset.write_dataset(tmp_path / "dataset")
+    info = json.loads((root / "meta/info.json").read_text())
+    del info["features"]["observation.images.cam_left_wrist"]
+    (root / "meta/info.json").write_text(json.dumps(info))
+    config.data.path = str(root)
+    with pytest.raises(ValueError, match="cam_left_wrist"):
+        train(config, tmp_path / "run")
+
+
+def test_not_a_number_stops_with_a_sentence(config: ConfigDict, tmp_path: Path) -> None:
+    config.objective.action_weight = float("inf")
+    with pytest.raises(FloatingPointError, match="at step 1; the last checkpoint is intact"):
+        train(config, tmp_path)
