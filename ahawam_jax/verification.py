@@ -73,6 +73,8 @@ def check_scheduler(suite: Suite, f: Fixture) -> None:
     f.compare("t_of_u", times)
     f.compare("weight_of_t", flow_matching.loss_weight(jnp.asarray(times), shift))
     names = [name for name in f.stored if name.startswith("timesteps") and name.endswith(".f32")]
+    if not names:
+        raise ValueError("no timesteps<N>.f32 is stored; the fixture is incomplete, copy it again.")
     for steps in (int(name.removeprefix("timesteps").removesuffix(".f32")) for name in names):
         levels = flow_matching.noise_levels(steps, shift)
         f.compare(f"timesteps{steps}.f32", 1000 * levels[:-1])

@@ -29,7 +29,11 @@ class Fixture:
         except Exception as error:
             raise ValueError(f"{path} is not a readable safetensors file ({error}); copy it again.") from error
         self.unused = set(self.stored)
-        self.problems: list[str] = []
+        self.problems = [
+            f"{name} as stored is not finite"
+            for name, x in self.stored.items()
+            if not np.isfinite(x.astype(np.float64)).all()
+        ]
         self.worst, self.compared = (0.0, "-"), 0
 
     def __contains__(self, name: str) -> bool:
@@ -37,7 +41,7 @@ class Fixture:
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.stored:
-            self.problems.append(f"{name} is not stored")
+            raise ValueError(f"{name} is not stored; the fixture is incomplete, copy it again.")
         self.unused.discard(name)
         value = self.stored[name]
         return value.astype(bool) if value.dtype == np.uint8 else value
@@ -53,8 +57,8 @@ class Fixture:
         if got.shape != want.shape:
             self.problems.append(f"{name} has shape {list(got.shape)}, stored {list(want.shape)}")
             return
-        if not (np.isfinite(got).all() and np.isfinite(want).all()):
-            self.problems.append(f"{name} is not finite")
+        if not np.isfinite(got).all():
+            self.problems.append(f"{name} as computed here is not finite")
             return
         scale = max(np.abs(want).max(initial=0.0), floor, 1e-300)
         error = float(np.abs(got - want).max(initial=0.0) / scale)
@@ -75,8 +79,11 @@ class Suite:
         path = folder / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; give the folder that holds the fixtures' config.json.")
-        self.config = json.loads(path.read_text())
-        self.fixtures = list(self.config["fixtures"])
+        try:
+            self.config = json.loads(path.read_text())
+            self.fixtures = list(self.config["fixtures"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} must be JSON with a 'fixtures' object ({error!r}); copy it again.") from error
 
     def load(self, name: str) -> Fixture:
         return Fixture(self.folder / f"{name}.safetensors")
@@ -93,23 +100,24 @@ def verify(folder: Path, only: list[str] | None = None) -> int:
     unknown = sorted(set(only or ()) - set(suite.fixtures))
     if unknown:
         raise ValueError(f"No fixture named {', '.join(unknown)}; {folder} has {', '.join(suite.fixtures)}.")
-    failed, later = 0, []
+    failed, checked, later = 0, 0, []
     print(f"{folder} on {jax.devices()[0].device_kind}, jax {jax.__version__}: worst relative error per fixture")
     for name in only or suite.fixtures:
-        if name not in CHECKS:
-            later.append(name)
-            continue
         summary = ""
         try:
             fixture = suite.load(name)
+            if name not in CHECKS:
+                later.append(name)
+                continue
             with jax.default_matmul_precision("highest"):
                 CHECKS[name](suite, fixture)
             fixture.finish()
             problems = fixture.problems
             summary = f"{fixture.compared:4d} tensors, worst {fixture.worst[0]:.1e} ({fixture.worst[1]})"
-        except (FileNotFoundError, KeyError, ValueError) as error:  # report every fixture, whatever is wrong
-            problems = [f"{type(error).__name__}: {error}"]
-        failed += bool(problems)
+            problems = problems or ([] if fixture.compared else ["nothing in it was compared"])
+        except Exception as error:  # report every fixture, whatever is wrong with one of them
+            problems = [str(error) if isinstance(error, (FileNotFoundError, ValueError)) else repr(error)]
+        failed, checked = failed + bool(problems), checked + 1
         print(f"  {'FAIL' if problems else 'ok  '}  {name:26s} {summary}", flush=True)
         for problem in problems[:20]:
             print(f"          {problem}")
@@ -117,6 +125,8 @@ def verify(folder: Path, only: list[str] | None = None) -> int:
             print(f"          and {len(problems) - 20} more")
     if later:
         print(f"  not covered by this version: {', '.join(later)}")
+    if not checked:
+        raise ValueError(f"Nothing was checked: none of {folder}'s fixtures belongs to this version.")
     print("all match" if not failed else f"{failed} fixtures failed")
     return failed
 

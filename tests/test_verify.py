@@ -87,11 +87,17 @@ def not_a_number(name: str) -> Callable[[Tensors], None]:
 
 DAMAGED_TENSORS = {
     "deviation": ("s_scheduler", scale_one, "weight_of_t deviates by"),
-    "NaN in a table": ("s_scheduler", not_a_number("t_of_u"), "t_of_u is not finite"),
-    "NaN in a weight": ("tiny_weights", not_a_number("proprio_encoder/bias"), "proprio_encoder/bias is not finite"),
+    "NaN in a table": ("s_scheduler", not_a_number("t_of_u"), "t_of_u as stored is not finite"),
+    "NaN in a weight": (
+        "tiny_weights",
+        not_a_number("proprio_encoder/bias"),
+        "proprio_encoder/bias as stored is not finite",
+    ),
     "surplus table": ("s_scheduler", lambda t: t.update(extra=np.zeros(1)), "extra was neither used nor compared"),
     "surplus weight": ("tiny_weights", lambda t: t.update(extra=np.zeros(1)), "surplus: extra [1]"),
-    "missing table": ("s_scheduler", lambda t: t.pop("norm_const"), "norm_const"),
+    "missing table": ("s_scheduler", lambda t: t.pop("norm_const"), "norm_const is not stored"),
+    "no tables": ("s_scheduler", lambda t: [t.pop(n) for n in list(t) if "steps" in n or "deltas" in n],
+                  "no timesteps<N>.f32 is stored"),
     "missing weight": ("tiny_weights", lambda t: t.pop("proprio_encoder/bias"), "missing: proprio_encoder/bias"),
     "misshapen table": (
         "s_scheduler",
@@ -120,7 +126,14 @@ DAMAGED_FILES = {
     "truncated": ("s_scheduler.safetensors", truncate, "s_scheduler.safetensors is not a readable safetensors file"),
     "empty": ("tiny_weights.safetensors", lambda path: path.write_bytes(b""), "tiny_weights.safetensors is not a"),
     "no config": ("config.json", Path.unlink, "config.json does not exist"),
-    "cut config": ("config.json", truncate, "error: "),
+    "cut config": ("config.json", truncate, "must be JSON with a 'fixtures' object"),
+    "empty config": ("config.json", lambda path: path.write_text("{}"), "must be JSON with a 'fixtures' object"),
+    "no fixtures": ("config.json", lambda path: path.write_text('{"fixtures": {}}'), "Nothing was checked"),
+    "fixture of a later version": (
+        "config.json",
+        lambda path: path.write_text(path.read_text().replace('"s_scheduler"', '"vae_golden"')),
+        "vae_golden.safetensors is missing",
+    ),
 }
 
 

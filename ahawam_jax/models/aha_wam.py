@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from ahawam_jax.models.config import ModelConfig
-from ahawam_jax.models.dit import dense, partitioned
+from ahawam_jax.models.dit import dense
 from ahawam_jax.models.executor import Executor
 from ahawam_jax.models.memory import PlannerContext, PlannerMemory
+from ahawam_jax.models.partitioning import partitioned
 from ahawam_jax.models.planner import Planner, PlannerOutput, frame_causal_mask
 from ahawam_jax.models.router import ObservationQueries, Router
 

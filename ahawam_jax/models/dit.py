@@ -14,16 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ahawam_jax.models.attention import attention, phase, rms_norm, rotate, standardize
+from ahawam_jax.models.config import ModelConfig
+from ahawam_jax.models.partitioning import Axes, constrain, partitioned
 
 SMALL_NET_EPS = 1e-5  # LayerNorm epsilon outside the two transformers
 RESIDUAL_AXES = ("batch", None, None, "activation_embed")
-
-Axes = tuple[str | None, ...]
-
-
-def partitioned(init: Callable, axes: Axes) -> Callable:
-    """An initialiser whose parameter carries logical axis names."""
-    return nn.with_logical_partitioning(init, axes)
 
 
 def dense(features: int | tuple[int, ...], axes: Axes, *, name: str, dtype: Any, axis: int | tuple[int, ...] = -1,
@@ -178,7 +173,7 @@ class Block(nn.Module):
         y = flat(dense(self.ffn_dim, ("embed", "mlp"), name="ffn_in", dtype=dtype), y, 1)
         y = flat(dense(self.dim, ("mlp", "embed"), name="ffn_out", dtype=dtype), nn.gelu(y, approximate=True), 1)
         x = x + (gate_ffn * y).astype(x.dtype)
-        x = nn.with_logical_constraint(x, RESIDUAL_AXES)
+        x = constrain(x, RESIDUAL_AXES)
         self.sow("intermediates", "x", x)
         return x, (k, v) if self.across_groups else None
 
@@ -198,17 +193,19 @@ REMAT = {
 }
 
 
-def block_stack(num_layers: int, remat: str, **block: Any) -> nn.Module:
+def block_stack(cfg: ModelConfig, dim: int, ffn_dim: int, across_groups: bool) -> nn.Module:
     """L blocks scanned over a leading layer axis of parameters, prefix and returned k, v."""
     body = Block
-    if remat != "none":
-        body = nn.remat(body, policy=REMAT[remat], prevent_cse=False)
+    if cfg.remat != "none":
+        body = nn.remat(body, policy=REMAT[cfg.remat], prevent_cse=False)
     scanned = nn.scan(
         body,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
-        length=num_layers,
+        length=cfg.num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scanned(name="blocks", **block)
+    return scanned(
+        dim, ffn_dim, cfg.num_heads, cfg.head_dim, cfg.norm_eps, jnp.dtype(cfg.dtype), across_groups, name="blocks"
+    )

@@ -15,6 +15,7 @@ from ahawam_jax.models.dit import (
     dense,
 )
 from ahawam_jax.models.memory import PlannerContext
+from ahawam_jax.models.partitioning import constrain
 
 
 class Executor(nn.Module):
@@ -58,7 +59,7 @@ class Executor(nn.Module):
             )
         x = dense(cfg.executor_dim, (None, "embed"), name="action_encoder", dtype=dtype)(actions)
         self.sow("intermediates", "tokens", x)
-        x = nn.with_logical_constraint(x + branch.astype(dtype), RESIDUAL_AXES)
+        x = constrain(x + branch.astype(dtype), RESIDUAL_AXES)
         _, rows = TimeEmbedding(cfg.executor_dim, cfg.freq_dim, name="time_embedding")(times)
         own = jnp.broadcast_to(jnp.eye(chunks, dtype=bool), (batch, chunks, chunks))
         seen = jnp.broadcast_to(text_mask[:, None], (batch, chunks, text.shape[1]))
@@ -70,17 +71,7 @@ class Executor(nn.Module):
             text_mask=jnp.concatenate([seen, own], -1),
         )
         self.sow("intermediates", "condition", condition)
-        blocks = block_stack(
-            cfg.num_layers,
-            cfg.remat,
-            dim=cfg.executor_dim,
-            ffn_dim=cfg.executor_ffn_dim,
-            num_heads=cfg.num_heads,
-            head_dim=cfg.head_dim,
-            eps=cfg.norm_eps,
-            dtype=dtype,
-            across_groups=False,
-        )
+        blocks = block_stack(cfg, cfg.executor_dim, cfg.executor_ffn_dim, across_groups=False)
         x, _ = blocks(x, (routed.k, routed.v), condition)
         self.sow("intermediates", "x", x)
         zeros = nn.initializers.zeros_init()

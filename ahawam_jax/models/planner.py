@@ -15,9 +15,9 @@ from ahawam_jax.models.dit import (
     block_stack,
     dense,
     modulate,
-    partitioned,
 )
 from ahawam_jax.models.memory import PlannerContext, PlannerMemory
+from ahawam_jax.models.partitioning import constrain, partitioned
 
 
 def patchify(latents: jax.Array) -> jax.Array:
@@ -111,7 +111,7 @@ class Planner(nn.Module):
                 f"with h and w multiples of {PATCH}."
             )
         x = dense(cfg.planner_dim, (None, "embed"), name="patch_embedding", dtype=dtype)(patchify(latents))
-        x = nn.with_logical_constraint(x, RESIDUAL_AXES)
+        x = constrain(x, RESIDUAL_AXES)
         self.sow("intermediates", "tokens", x)
         tokens = x.shape[2]
         time, rows = TimeEmbedding(cfg.planner_dim, cfg.freq_dim, name="time_embedding")(times)
@@ -131,17 +131,7 @@ class Planner(nn.Module):
         )
         self.sow("intermediates", "time", time)
         self.sow("intermediates", "condition", condition)
-        blocks = block_stack(
-            cfg.num_layers,
-            cfg.remat,
-            dim=cfg.planner_dim,
-            ffn_dim=cfg.planner_ffn_dim,
-            num_heads=cfg.num_heads,
-            head_dim=cfg.head_dim,
-            eps=cfg.norm_eps,
-            dtype=dtype,
-            across_groups=True,
-        )
+        blocks = block_stack(cfg, cfg.planner_dim, cfg.planner_ffn_dim, across_groups=True)
         x, (k, v) = blocks(x, prefix, condition)
         patches = Head(PATCH * PATCH * channels, cfg.norm_eps, name="head")(x, time)
         return PlannerOutput(unpatchify(patches, height, width), PlannerContext(k, v))

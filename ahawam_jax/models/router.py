@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from ahawam_jax.models.attention import attention
 from ahawam_jax.models.config import ModelConfig
-from ahawam_jax.models.dit import SMALL_NET_EPS, SmallNet, dense, layer_norm, partitioned
+from ahawam_jax.models.dit import SMALL_NET_EPS, SmallNet, dense, layer_norm
 from ahawam_jax.models.memory import PlannerContext
+from ahawam_jax.models.partitioning import partitioned
 
 INITIAL_GATE = -4.0  # before the sigmoid, so an untrained router changes the context by 2 %
 

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +78,12 @@ def open_data(config: ConfigDict, model: ModelConfig, text_tower: Any) -> Data:
         raise ValueError(
             f"config.data.validation_episodes is {held_out}, but {dataset.root} has {episodes} episodes; hold out "
             "fewer."
+        )
+    rows = int(dataset.lengths[episodes - held_out :].sum())
+    if 0 < rows < config.data.batch_size:
+        raise ValueError(
+            f"The {held_out} episodes held out of {dataset.root} have {rows} rows, fewer than config.data.batch_size "
+            f"{config.data.batch_size}; hold out more or none."
         )
     head_size = tuple(config.data.head_size)
     if config.data.cache:
@@ -264,9 +269,11 @@ def _validate(config, data, state, mesh, open_loop_error, context, context_mask)
     if not data.validation_episodes:
         return float("nan")
     params = state.params if state.ema is None else state.ema
-    batches: Iterator[dict[str, np.ndarray]] = evaluation_batches(
-        data.dataset, data.frames, data.windows, data.statistics, config.data.batch_size,
-        data.validation_episodes, VALIDATION_BATCHES, jax.process_index(), jax.process_count(),
+    size = config.data.batch_size
+    count = min(VALIDATION_BATCHES, int(data.dataset.lengths[data.validation_episodes].sum()) // size)
+    batches = evaluation_batches(
+        data.dataset, data.frames, data.windows, data.statistics, size, data.validation_episodes, count,
+        jax.process_index(), jax.process_count(),
     )  # fmt: skip
     errors = [
         open_loop_error(params, sharding.put_batch(batch, mesh), context, context_mask, jax.random.key(i))

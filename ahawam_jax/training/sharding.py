@@ -1,13 +1,15 @@
 """Mesh, and the one table from logical axis names to mesh axes."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ahawam_jax.models.partitioning import Axes, constraints
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -74,8 +76,11 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
-@contextlib.contextmanager
-def activation_rules(mesh: Mesh) -> Iterator[None]:
-    """Inside, the models' logical activation constraints mean axes of this mesh."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        yield
+def activation_rules(mesh: Mesh) -> AbstractContextManager[None]:
+    """Inside, the models' activation constraints mean axes of this mesh."""
+
+    def apply(x: jax.Array, axes: Axes) -> jax.Array:
+        spec = _fit(nn.logical_to_mesh_axes(axes, RULES), x.shape, mesh)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return constraints(apply)

@@ -1,0 +1,135 @@
+"""The policy: when it plans, what it remembers, and that it computes what the model's parts compute."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ahawam_jax.inference.policy import Policy, PolicyConfig
+from ahawam_jax.inference.sampling import denoise
+from ahawam_jax.models.aha_wam import AhaWam
+from ahawam_jax.models.config import ModelConfig
+from ahawam_jax.models.towers import BlockTransform, HashedWords
+from tests.tiny_config import get_config
+from tests.tiny_model import random_params
+
+CONFIG = get_config()
+MODEL = AhaWam(ModelConfig.create(CONFIG.model))
+EPISODES = 2
+STATISTICS = {
+    "state": {"mean": np.arange(5.0), "std": np.full(5, 2.0)},
+    "action": {"mean": np.arange(3.0), "std": np.full(3, 0.5)},
+}
+PARAMS = random_params(MODEL.config)
+
+
+def policy(**settings: Any) -> Policy:
+    return Policy(MODEL, PARAMS, CONFIG, STATISTICS, PolicyConfig(**{"steps": 2, "execute": 4, **settings}))
+
+
+@pytest.fixture(scope="module")
+def default() -> Policy:
+    return policy(refresh_every=2)
+
+
+def observation(seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Views at the canvas's own sizes and a robot state."""
+    rng = np.random.default_rng(seed)
+    sizes = {"cam_high": (64, 64), "cam_left_wrist": (32, 32), "cam_right_wrist": (32, 32)}
+    images = {name: rng.integers(0, 256, (EPISODES, *size, 3), dtype=np.uint8) for name, size in sizes.items()}
+    return images, rng.normal(size=(EPISODES, 5)).astype(np.float32)
+
+
+INSTRUCTIONS = ["open the drawer", "close the drawer"]
+
+
+def test_first_chunk_is_plan_route_denoise_by_hand(default: Policy) -> None:
+    images, robot_state = observation(0)
+    actions, state = default(images, robot_state, default.start(INSTRUCTIONS))
+    assert actions.shape == (EPISODES, 4, 3) and actions.dtype == np.float32
+
+    wrists = np.concatenate([images["cam_left_wrist"], images["cam_right_wrist"]], 2)
+    canvas = np.concatenate([images["cam_high"], wrists], 1)
+    latents = BlockTransform().encode(jnp.asarray(canvas[:, None] / np.float32(127.5) - 1))
+    words = HashedWords(MODEL.config.text_dim, CONFIG.towers.text_length)
+    text, mask = (jnp.stack(x) for x in zip(*map(words.tokens, INSTRUCTIONS), strict=True))
+    zeros = jnp.zeros((EPISODES, 1))
+    variables = {"params": PARAMS}
+    planned = MODEL.apply(variables, latents, zeros, zeros, text, mask, method="plan")
+    routed = MODEL.apply(variables, planned.context, latents[:, None], method="route")
+    noise = jax.random.normal(jax.random.fold_in(jax.random.key(CONFIG.seed), 0), (EPISODES, 1, 4, 3))
+    states = (robot_state - np.arange(5)) / 2
+    sampled = denoise(
+        MODEL, PARAMS, noise, jnp.arange(4)[None], text, mask, states[:, None], routed, 2, CONFIG.objective.shift
+    )[:, 0]
+    np.testing.assert_allclose(actions, sampled * 0.5 + np.arange(3), rtol=2e-4, atol=2e-4)  # fused differently
+    assert (state.calls, state.elapsed, state.planned_at) == (1, 4, 0)
+    assert state.memory.valid.tolist() == [[False, True]] * EPISODES
+
+
+def test_planner_runs_every_second_call_and_remembers(default: Policy) -> None:
+    state = default.start(INSTRUCTIONS)
+    contexts, valid = [], []
+    for call in range(5):
+        _, state = default(*observation(call), state)
+        contexts.append(np.asarray(state.context.k))
+        valid.append(int(state.memory.valid[0].sum()))
+    assert valid == [1, 1, 2, 2, 2]
+    same = [np.array_equal(a, b) for a, b in zip(contexts, contexts[1:], strict=False)]
+    assert same == [True, False, True, False]
+    newest = state.memory.context.frame(1).k
+    np.testing.assert_array_equal(newest, contexts[-1])
+
+
+def run(policy: Policy, calls: int = 3) -> list[np.ndarray]:
+    state, out = policy.start(INSTRUCTIONS), []
+    for call in range(calls):
+        actions, state = policy(*observation(call), state)
+        out.append(actions)
+    return out
+
+
+def test_memory_and_routing_are_switches(default: Policy) -> None:
+    full, forgetful, unrouted = run(default), run(policy(memory=False)), run(policy(routing=False))
+    # Without memory the first plan is the same, the second one, at call 2, is not.
+    np.testing.assert_array_equal(full[:2], forgetful[:2])
+    assert np.abs(full[2] - forgetful[2]).max() > 1e-4
+    assert np.abs(full[0] - unrouted[0]).max() > 1e-4
+
+
+def test_episodes_do_not_see_each_other(default: Policy) -> None:
+    images, robot_state = observation(0)
+    actions, _ = default(images, robot_state, default.start(INSTRUCTIONS))
+    changed = {name: view.copy() for name, view in images.items()}
+    changed["cam_high"][1] = 0
+    again, _ = default(changed, robot_state, default.start(INSTRUCTIONS))
+    np.testing.assert_array_equal(actions[0], again[0])
+    assert np.abs(actions[1] - again[1]).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(refresh_every=3), "reaches 8 actions beyond the planner's frame, but training covered 8"),
+        (dict(refresh_every=0), "refresh more often"),
+        (dict(execute=5), "policy.execute is 5; expected 1 to 4"),
+        (dict(steps=0), "at least one Euler step"),
+    ],
+)
+def test_settings_outside_training_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        policy(**settings)
+
+
+def test_bad_observations_are_sentences(default: Policy) -> None:
+    images, robot_state = observation(0)
+    state = default.start(INSTRUCTIONS)
+    with pytest.raises(ValueError, match=r"robot_state has shape \(2, 4\); expected \(2, 5\)"):
+        default(images, robot_state[:, :4], state)
+    with pytest.raises(ValueError, match="finite"):
+        default(images, np.full_like(robot_state, np.nan), state)
+    del images["cam_left_wrist"]
+    with pytest.raises(ValueError, match="cam_left_wrist"):
+        default(images, robot_state, state)
