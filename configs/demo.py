@@ -26,22 +26,22 @@ def get_config() -> ConfigDict:
     # The joint loss (Eq. 6-7). Predicting the clean chunk makes the first step a plain regression.
     config.objective = ConfigDict(dict(
         shift=5.0, time_law="shifted_uniform", action_time_law="shifted_uniform", action_times="per_chunk",
-        video_weight=0.1, action_weight=1.0, loss_weight="bell", action_loss_weight="uniform", action_draws=2,
+        video_weight=0.05, action_weight=1.0, loss_weight="bell", action_loss_weight="uniform", action_draws=2,
     ))  # fmt: skip
 
     # Windows of the recording. History frames are 16 rows apart, as often as the planner is refreshed.
     config.data = ConfigDict(dict(
-        path="runs/demo/dataset", cache="runs/demo/cache", head_size=(64, 128),
-        history_stride=16, max_offset=15, batch_size=32, validation_episodes=8,
+        path="runs/demo/dataset", episodes=200, cache="runs/demo/cache", head_size=(64, 128),
+        history_stride=16, max_offset=15, batch_size=16, validation_episodes=8,
     ))  # fmt: skip
 
     config.optimizer = ConfigDict(dict(
         learning_rate=1e-3, final_fraction=0.02, warmup_steps=100, b1=0.9, b2=0.95, weight_decay=1e-2,
-        clip_norm=1.0, ema_decay=0.99, accumulate=1,
+        clip_norm=1.0, ema_decay=0.995, accumulate=1,
     ))  # fmt: skip
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
-    config.train = ConfigDict(dict(steps=2000, log_every=50, validate_every=500, checkpoint_every=500, keep=2))
+    config.train = ConfigDict(dict(steps=2800, log_every=100, validate_every=700, checkpoint_every=700, keep=2))
 
     # Deployment: the planner is refreshed every `refresh_every` executor calls, `execute` of the 16 actions are run.
     config.policy = ConfigDict(dict(refresh_every=2, steps=10, execute=8, memory=True, routing=True))

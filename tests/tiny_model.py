@@ -1,6 +1,5 @@
 """A model small enough for a test: sizes, random parameters, a random batch and its noise."""
 
-import functools
 from typing import Any
 
 import jax
@@ -20,9 +19,6 @@ BATCH, FRAMES, HEIGHT, WIDTH, TEXT, MAX_OFFSET = 2, 3, 2, 4, 5, 2
 TOKENS = HEIGHT * WIDTH // 4
 
 Batch = dict[str, np.ndarray]
-
-# Compiles twice as fast; what is compiled here runs for milliseconds.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from ahawam_jax.inference.sampling import denoise
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import PREDICTIONS
 from ahawam_jax.models.memory import PlannerContext
-from tests.tiny_model import BATCH, CONFIG, TOKENS, assert_close, normal, quick_jit, random_batch, random_params
+from tests.tiny_model import BATCH, CONFIG, TOKENS, assert_close, normal, random_batch, random_params
 
 STEPS, SHIFT = 3, 5.0
 
@@ -25,7 +25,7 @@ def test_denoise_takes_euler_steps(prediction: str) -> None:
     text, text_mask = batch["context"], batch["context_mask"]
     states = normal(3, BATCH, CONFIG.num_chunks, CONFIG.state_dim)
 
-    @quick_jit
+    @jax.jit
     def act(x: jax.Array, times: jax.Array) -> jax.Array:
         return model.apply({"params": params}, x, times, positions, text, text_mask, states, routed, method="act")
 
@@ -36,7 +36,7 @@ def test_denoise_takes_euler_steps(prediction: str) -> None:
         out = np.asarray(act(x, np.full((BATCH, CONFIG.num_chunks), 1000 * now, np.float32)))
         velocity = out if prediction == "velocity" else (x - out) / np.float32(now)
         x = x + velocity * np.float32(after - now)
-    run = quick_jit(
+    run = jax.jit(
         lambda noise: denoise(model, params, noise, positions, text, text_mask, states, routed, STEPS, SHIFT)
     )
     assert_close(run(noise), x)

@@ -26,7 +26,6 @@ from tests.tiny_model import (
     assert_close,
     differs,
     normal,
-    quick_jit,
     random_batch,
     random_noise,
     random_params,
@@ -65,7 +64,7 @@ def layer_of(tree: Any, layer: int) -> Any:
 @pytest.fixture(scope="module")
 def run() -> Any:
     """(batch, noise) -> Result, compiled once for all tests."""
-    return quick_jit(differentiated(MODEL))
+    return jax.jit(differentiated(MODEL))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +80,7 @@ def changed(batch: Batch, name: str, where: Any) -> Batch:
     return batch | {name: value}
 
 
-apply = quick_jit(lambda method, *args: MODEL.apply(PARAMS, *args, method=method), static_argnums=0)
+apply = jax.jit(lambda method, *args: MODEL.apply(PARAMS, *args, method=method), static_argnums=0)
 
 
 def act(batch: Batch, **other: Any) -> jax.Array:
@@ -173,7 +172,7 @@ def test_empty_history_equals_no_history(run, plain: Result) -> None:
     batch = random_batch()
     empty = run(batch | {"video_history_valid_len": np.zeros(BATCH, np.int32)}, random_noise())
     names = ("history_latents", "video_history_valid_len", "video_history_frame_indices")
-    none = quick_jit(forward(MODEL))({name: x for name, x in batch.items() if name not in names}, random_noise())
+    none = jax.jit(forward(MODEL))({name: x for name, x in batch.items() if name not in names}, random_noise())
     assert_close((empty.loss, empty.parts), none)
     assert differs(empty.loss, plain.loss)
 
@@ -264,7 +263,7 @@ def block(dim: int, ffn_dim: int, across_groups: bool) -> Block:
 
 @pytest.fixture(scope="module")
 def captured() -> dict[str, Any]:
-    run = quick_jit(lambda b, n: joint_loss(MODEL, PARAMS["params"], b, n, ObjectiveConfig(), capture=True)[1])
+    run = jax.jit(lambda b, n: joint_loss(MODEL, PARAMS["params"], b, n, ObjectiveConfig(), capture=True)[1])
     return run(random_batch(), random_noise())
 
 
@@ -272,7 +271,7 @@ def test_scanned_planner_equals_its_layers_in_a_row(captured: dict[str, Any]) ->
     params, seen = PARAMS["params"]["planner"], captured["intermediates"]["plan"]["planner"]
     x, condition = seen["tokens"][0], seen["condition"][0]
     remembered, context = captured["memory"].context, captured["planned"].context
-    one = quick_jit(block(CONFIG.planner_dim, CONFIG.planner_ffn_dim, True).apply)
+    one = jax.jit(block(CONFIG.planner_dim, CONFIG.planner_ffn_dim, True).apply)
     for layer in range(CONFIG.num_layers):
         weights = layer_of(params["blocks"], layer)
         prefix = tuple(y[layer].reshape(BATCH, -1, *y.shape[4:]) for y in (remembered.k, remembered.v))
@@ -288,7 +287,7 @@ def test_scanned_executor_equals_its_layers_in_a_row(captured: dict[str, Any]) -
     params = PARAMS["params"]["executor"]
     seen = jax.tree.map(lambda x: x[0], captured["intermediates"]["act"]["executor"])  # the only draw
     x, condition = seen["tokens"][0] + PARAMS["params"]["branch_embedding"][1], seen["condition"][0]
-    one = quick_jit(block(CONFIG.executor_dim, CONFIG.executor_ffn_dim, False).apply)
+    one = jax.jit(block(CONFIG.executor_dim, CONFIG.executor_ffn_dim, False).apply)
     for layer in range(CONFIG.num_layers):
         weights = layer_of(params["blocks"], layer)
         prefix = (captured["routed"].k[layer], captured["routed"].v[layer])
@@ -300,7 +299,7 @@ def test_scanned_executor_equals_its_layers_in_a_row(captured: dict[str, Any]) -
 def test_router_equals_its_layers_one_by_one(captured: dict[str, Any]) -> None:
     queries = captured["intermediates"]["route"]["observation_queries"]["encoder"]["queries"][0]
     frame, routed = captured["planned"].context.frame(0), captured["routed"]
-    one = quick_jit(LayerRouter(CONFIG.num_heads, CONFIG.head_dim, jnp.float32).apply)
+    one = jax.jit(LayerRouter(CONFIG.num_heads, CONFIG.head_dim, jnp.float32).apply)
     for layer in range(CONFIG.num_layers):
         weights = layer_of(PARAMS["params"]["router"]["layers"], layer)
         k, v = one({"params": weights}, queries, frame.k[layer, :, 0], frame.v[layer, :, 0])
@@ -312,7 +311,7 @@ def test_remat_changes_nothing(plain: Result, remat: str) -> None:
     model = AhaWam(dataclasses.replace(CONFIG, remat=remat))
     batch, noise = random_batch(), random_noise()
     assert "remat" in str(jax.make_jaxpr(forward(model))(batch, noise))
-    assert_close(quick_jit(differentiated(model))(batch, noise), plain)
+    assert_close(jax.jit(differentiated(model))(batch, noise), plain)
 
 
 def test_bfloat16_stays_close_and_keeps_parameters_float32(plain: Result) -> None:
@@ -321,6 +320,6 @@ def test_bfloat16_stays_close_and_keeps_parameters_float32(plain: Result) -> Non
     model, batch, noise = AhaWam(config), random_batch(), random_noise()
     abstract = jax.eval_shape(differentiated(model), batch, noise)
     assert {x.dtype for x in jax.tree.leaves(abstract)} == {jnp.dtype("float32")}
-    loss, parts = quick_jit(forward(model))(batch, noise)
+    loss, parts = jax.jit(forward(model))(batch, noise)
     assert differs(parts["pred_video"], plain.parts["pred_video"])  # it is really used
     assert_close((loss, parts), (plain.loss, plain.parts), 3e-2)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ahawam_jax.inference.policy import Policy
 from ahawam_jax.training.loop import train
-from tests.conftest import REPOSITORY
+from tests.conftest import QUICK_COMPILE, REPOSITORY
 from tests.data_pipelines import tiny_dataset
 from tests.tiny_config import get_config
 
@@ -39,7 +39,7 @@ def config(dataset: Path, cache: Path) -> ConfigDict:
 
 def start(dataset: Path, cache: Path, workdir: Path, *extra: str) -> subprocess.Popen:
     """Training in a process of its own, on one device."""
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+    env = {**os.environ, "XLA_FLAGS": QUICK_COMPILE, "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
     command = [
         sys.executable, "-m", "ahawam_jax.train", "--config=tests/tiny_config.py", f"--workdir={workdir}",
