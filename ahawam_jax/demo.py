@@ -5,6 +5,7 @@
 Every stage is skipped if its result is already there, so an interrupted demo goes on where it was.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from ahawam_jax.models.aha_wam import init
 from ahawam_jax.training.loop import Interrupted, train
 from data_pipelines.simulation.env import AlohaSim
 from data_pipelines.simulation.expert import plan
-from data_pipelines.simulation.rendering import check_rendering
+from data_pipelines.simulation.rendering import POINTS, check_rendering
 
 TASK = "transfer_cube"
 EPISODES = 50  # unseen seeds 0 .. 49; demonstrations use 1000 and up
@@ -39,7 +40,10 @@ def main(argv: list[str]) -> None:
     config, workdir, began = _CONFIG.value, Path(_WORKDIR.value), time.monotonic()
     problem = check_rendering()
     if problem:
-        print(f"{problem}\nUntil then: camera views are drawn as outlines, and evaluation is open loop only.")
+        print(f"{problem}\nUntil then: camera views are drawn as dots, and evaluation is open loop only.", flush=True)
+        os.environ["MUJOCO_GL"] = POINTS
+        workdir = workdir / "without_drawing"  # nothing of it is taken for the real demo later
+        config.data.path, config.data.cache = str(workdir / "dataset"), str(workdir / "cache")
     try:
         record(config)
         recorded = time.monotonic()

@@ -133,7 +133,7 @@ class Policy:
         """State of a batch of new episodes, one instruction each: an empty memory."""
         text, mask = zip(*(self._text_tower.tokens(text) for text in instructions), strict=True)
         memory = empty_memory(self.model.config, len(instructions), self._tokens)
-        return PolicyState(memory.context.frame(-1 % memory.valid.shape[1]), memory, jnp.stack(text), jnp.stack(mask))
+        return PolicyState(memory.context.frame(0), memory, jnp.stack(text), jnp.stack(mask))
 
     def __call__(
         self, images: Mapping[str, np.ndarray], robot_state: np.ndarray, state: PolicyState

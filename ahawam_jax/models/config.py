@@ -51,6 +51,8 @@ class ModelConfig:
             raise ValueError(f"horizon {self.horizon} must be a whole number of chunks of {self.chunk} actions.")
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim {self.freq_dim} must be even: half cosines, half sines.")
+        if self.memory_frames < 1:
+            raise ValueError(f"memory_frames is {self.memory_frames}; the planner's memory needs at least one frame.")
         for name, allowed in (("prediction", PREDICTIONS), ("remat", REMAT_POLICIES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}.")

@@ -13,7 +13,7 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
-from data_pipelines.simulation.rendering import PointRenderer, Renderer, check_rendering
+from data_pipelines.simulation.rendering import POINTS, PointRenderer, Renderer, check_rendering
 
 FPS = 25
 EPISODE_STEPS = 155  # 6.2 s
@@ -74,7 +74,7 @@ def load_model(task: str) -> mujoco.MjModel:
 @functools.cache
 def _renderer(task: str) -> Renderer | PointRenderer:
     """One off-screen buffer for all environments of a process that draw the same scene."""
-    if os.environ.get("MUJOCO_GL") == "points":
+    if os.environ.get("MUJOCO_GL") == POINTS:
         return PointRenderer(load_model(task))
     try:
         return Renderer(load_model(task), *_LARGEST_IMAGE)

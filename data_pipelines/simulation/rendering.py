@@ -9,6 +9,7 @@ import sys
 import mujoco
 import numpy as np
 
+POINTS = "points"  # value of MUJOCO_GL that chooses `PointRenderer`
 _BACKENDS = ("egl", "osmesa")  # in the order tried
 _PACKAGES = {
     "egl": "libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0",
@@ -32,6 +33,8 @@ def check_rendering() -> str | None:
     broken driver may crash the one that loads it.
     """
     chosen = os.environ.get("MUJOCO_GL")
+    if chosen == POINTS:
+        return None
     for backend in (chosen,) if chosen else _BACKENDS:
         if _works(backend):
             os.environ["MUJOCO_GL"] = backend
@@ -102,7 +105,7 @@ class Renderer:
 class PointRenderer:
     """Draws scenes without OpenGL: the vertices of every geom as dots, the nearest in front.
 
-    A stand-in for machines without a driver, chosen with MUJOCO_GL=points; good enough to train on, not to look at.
+    A stand-in for machines without a driver, chosen with MUJOCO_GL=points: good enough to train on, not to look at.
     """
 
     def __init__(self, model: mujoco.MjModel) -> None:

@@ -259,3 +259,21 @@ def test_nothing_here_imports_jax() -> None:
     modules = "data_pipelines.simulation.parallel, data_pipelines.simulation.expert, data_pipelines.record"
     check = f"import sys, {modules}; sys.exit('jax' in sys.modules or 'gym_aloha' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
+
+
+def test_dots_show_the_cube_where_the_camera_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in for machines without OpenGL, against MuJoCo's own projection of the cube's centre."""
+    monkeypatch.setenv("MUJOCO_GL", "points")
+    assert rendering.check_rendering.__wrapped__() is None
+    sim = AlohaSim("transfer_cube")
+    renderer = rendering.PointRenderer(sim.model)
+    for seed in range(3):
+        sim.reset(seed)
+        image = renderer.draw(sim.data, "top", (128, 256))
+        red = (image[..., 0] > 2 * image[..., 1].astype(int)) & (image[..., 0] > 100)
+        row, column = np.argwhere(red).mean(0)
+        offset = sim.objects()[0, :3] - sim.data.camera("top").xpos
+        right, up, back = sim.data.camera("top").xmat.reshape(3, 3).T @ offset
+        focal = 64 / np.tan(np.radians(sim.model.camera("top").fovy[0]) / 2)
+        expected = 64 - focal * up / -back, 128 + focal * right / -back
+        assert np.hypot(row - expected[0], column - expected[1]) < 2  # pixels; the cube is about 8 wide

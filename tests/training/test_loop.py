@@ -18,6 +18,9 @@ from tests.conftest import QUICK_COMPILE, REPOSITORY
 from tests.data_pipelines import tiny_dataset
 from tests.tiny_config import get_config
 
+STEPS = 60
+LENGTH = (f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=10")
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -70,38 +73,38 @@ def wait_for_steps(workdir: Path, count: int, process: subprocess.Popen) -> None
 @pytest.fixture(scope="module")
 def uninterrupted(dataset: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    output = finish(start(dataset, cache, workdir, "--config.train.steps=200"))
+    output = finish(start(dataset, cache, workdir, *LENGTH))
     assert "samples/s" in output and "ETA" in output and "open-loop error" in output
     return workdir
 
 
-@pytest.mark.parametrize("kill_after", [2, 8, 51])
+@pytest.mark.parametrize("kill_after", [2, 12, 31])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     uninterrupted: Path, dataset: Path, cache: Path, tmp_path: Path, kill_after: int
 ) -> None:
-    """Killed before the first checkpoint (step 3), between two, and late."""
-    process = start(dataset, cache, tmp_path, "--config.train.steps=200")
+    """Killed before the first checkpoint (step 10), between two, and late."""
+    process = start(dataset, cache, tmp_path, *LENGTH)
     wait_for_steps(tmp_path, kill_after, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(curve(tmp_path)) < 200
-    output = finish(start(dataset, cache, tmp_path, "--config.train.steps=200"))
+    assert len(curve(tmp_path)) < STEPS
+    output = finish(start(dataset, cache, tmp_path, *LENGTH))
     assert "resuming at step" in output or kill_after == 2
     assert curve(tmp_path) == curve(uninterrupted)
-    assert [row["step"] for row in curve(tmp_path)] == list(range(1, 201))
+    assert [row["step"] for row in curve(tmp_path)] == list(range(1, STEPS + 1))
 
 
 def test_interrupt_saves_and_the_same_command_resumes(
     uninterrupted: Path, dataset: Path, cache: Path, tmp_path: Path
 ) -> None:
-    never = "--config.train.checkpoint_every=100000"
-    process = start(dataset, cache, tmp_path, "--config.train.steps=200", never)
+    never = "--config.train.checkpoint_every=100000"  # the later flag counts
+    process = start(dataset, cache, tmp_path, *LENGTH, never)
     wait_for_steps(tmp_path, 5, process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "the same command resumes there" in output
     done = len(curve(tmp_path))
-    assert f"resuming at step {done}:" in finish(start(dataset, cache, tmp_path, "--config.train.steps=200", never))
+    assert f"resuming at step {done}:" in finish(start(dataset, cache, tmp_path, *LENGTH, never))
     assert curve(tmp_path) == curve(uninterrupted)
 
 

@@ -11,17 +11,21 @@ import pytest
 
 from ahawam_jax.models.aha_wam import AhaWam, abstract_params
 from ahawam_jax.models.config import ModelConfig
+from ahawam_jax.models.dit import RESIDUAL_AXES
+from ahawam_jax.models.partitioning import constrain
 from ahawam_jax.models.towers import BlockTransform
 from ahawam_jax.training import sharding
 from ahawam_jax.training.checkpoints import CheckpointError, Checkpoints
 from ahawam_jax.training.loop import initial_state
-from ahawam_jax.training.objective import ObjectiveConfig
-from ahawam_jax.training.optimizer import OptimizerConfig, make_optimizer
-from ahawam_jax.training.step import TrainState, make_train_step
+from ahawam_jax.training.objective import ObjectiveConfig, joint_loss, sample_noise
+from ahawam_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from ahawam_jax.training.step import TrainState, encode, make_train_step
 from tests.tiny_config import get_config
 
 MODEL = ModelConfig.create(get_config().model)
 OPTIMIZER = OptimizerConfig(**(get_config().optimizer.to_dict() | {"learning_rate": 1e-2, "warmup_steps": 0}))
+
+TEXT = np.random.default_rng(1).normal(size=(1, 4, MODEL.text_dim)).astype(np.float32)
 
 
 def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
@@ -59,12 +63,11 @@ def run(mesh: jax.sharding.Mesh, folder: Path, steps: int, accumulate: int = 1) 
         make_train_step(model, BlockTransform(), tx, ObjectiveConfig(), optimizer),
         out_shardings=(layout, sharding.replicated(mesh)),
     )
-    text = np.random.default_rng(1).normal(size=(1, 4, MODEL.text_dim)).astype(np.float32)
     metrics = {}
     with sharding.activation_rules(mesh), jax.default_matmul_precision("highest"):
         batch = sharding.put_batch(loader_batch(), mesh)
         for _ in range(steps):
-            state, metrics = step(state, batch, text, np.ones((1, 4), bool), jax.random.key(7))
+            state, metrics = step(state, batch, TEXT, np.ones((1, 4), bool), jax.random.key(7))
     return state, jax.device_get(metrics), layout
 
 
@@ -107,12 +110,48 @@ def test_eight_devices_compute_what_one_does(one_device: tuple[TrainState, dict]
     assert all("bias" in name and "'k'" in name or "key" in name for name in differing), differing
 
 
-def test_accumulated_microbatches_give_the_mean_gradient(tmp_path: Path) -> None:
-    """With everything random fixed per microbatch, four of them differ from one batch, but not between meshes."""
-    one, metrics_one, _ = run(mesh_of(1, 1, 1), tmp_path / "a", 1, accumulate=4)
-    two, metrics_two, _ = run(mesh_of(2, 1, 1), tmp_path / "b", 1, accumulate=4)
-    assert metrics_one["loss"] == pytest.approx(metrics_two["loss"], rel=1e-5)
-    assert worst_difference(one.opt_state[1][0].mu, two.opt_state[1][0].mu) < 1e-5
+def test_accumulated_microbatches_are_averaged(tmp_path: Path) -> None:
+    """Four microbatches, the rows i, i + 4, ... of the batch with the i-th key, computed by hand."""
+    model, key = AhaWam(MODEL), jax.random.fold_in(jax.random.key(7), 0)
+    state, metrics, _ = run(mesh_of(1, 1, 1), tmp_path, 1, accumulate=4)
+    fresh, _, _ = run(mesh_of(1, 1, 1), tmp_path / "fresh", 0)
+    text, mask = jnp.asarray(TEXT), jnp.ones((1, 4), bool)
+
+    @jax.jit
+    def loss(params: Any, micro: dict[str, jax.Array], index: int) -> jax.Array:
+        inputs = encode(micro, BlockTransform(), text, mask)
+        noise = sample_noise(jax.random.fold_in(key, index), inputs, model, ObjectiveConfig())
+        return joint_loss(model, params, inputs, noise, ObjectiveConfig())[0]
+
+    losses = [loss(fresh.params, {k: v[i::4] for k, v in loader_batch().items()}, i) for i in range(4)]
+    assert np.ptp(losses) > 0.01  # they do differ
+    assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    # The average follows with the decay of the first step, 1 / 10.
+    expected = jax.tree.map(lambda old, new: 0.1 * old + 0.9 * new, fresh.params, state.params)
+    assert worst_difference(state.ema, expected) < 1e-5
+
+
+def test_activations_are_laid_out_by_their_logical_axes() -> None:
+    mesh = mesh_of(2, 2, 2)
+    x = jnp.zeros((8, 3, 5, 6))
+    with sharding.activation_rules(mesh):
+        laid_out = jax.jit(lambda x: constrain(x, RESIDUAL_AXES))(x)
+        odd = jax.jit(lambda x: constrain(x, RESIDUAL_AXES))(x[:3])
+    assert laid_out.sharding.spec == jax.sharding.PartitionSpec(("data", "fsdp"))
+    assert odd.sharding.is_fully_replicated  # 3 rows do not divide over 4 devices
+    assert constrain(x, RESIDUAL_AXES) is x
+
+
+def test_schedule_and_weight_decay() -> None:
+    cfg = OptimizerConfig(learning_rate=2.0, final_fraction=0.1, warmup_steps=10, weight_decay=0.5, clip_norm=1e9)
+    schedule = learning_rate(cfg, 110)
+    rates = [float(schedule(step)) for step in (0, 5, 10, 60, 110)]
+    assert rates == pytest.approx([0.0, 1.0, 2.0, 1.1, 0.2])
+    params = {"kernel": jnp.ones(2), "bias": jnp.ones(2)}
+    tx = make_optimizer(OptimizerConfig(learning_rate=2.0, warmup_steps=0, weight_decay=0.5), 100)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -2.0 * 0.5)  # decayed, though its gradient is zero
+    np.testing.assert_array_equal(updates["bias"], 0.0)
 
 
 def test_checkpoint_of_eight_restores_on_one_and_four(tmp_path: Path) -> None:
