@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     ))  # fmt: skip
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
-    config.train = ConfigDict(dict(steps=2800, log_every=100, validate_every=700, checkpoint_every=700, keep=2))
+    config.train = ConfigDict(dict(steps=3400, log_every=100, validate_every=850, checkpoint_every=850, keep=2))
 
     # Deployment: the planner is refreshed every `refresh_every` executor calls, `execute` of the 16 actions are run.
     config.policy = ConfigDict(dict(refresh_every=2, steps=10, execute=8, memory=True, routing=True))

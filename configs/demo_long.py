@@ -1,4 +1,4 @@
-"""The demo with twice the demonstrations and two and a half times the training."""
+"""The demo with twice the demonstrations and two and a half times the training steps."""
 
 from ml_collections import ConfigDict
 

@@ -48,17 +48,18 @@ def layer_norm(name: str, eps: float, axis: str | None = "embed") -> nn.LayerNor
 
 
 class SmallNet(nn.Module):
-    """LayerNorm, linear, exact GELU, linear: the shape of every auxiliary network. [..., I] -> [..., features]."""
+    """LayerNorm, linear, exact GELU, linear: the shape of every auxiliary network. [..., I] -> [..., *features]."""
 
     hidden: int
-    features: int
+    features: int | tuple[int, ...]
     dtype: Any
+    out_axes: Axes = ("embed",)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = layer_norm("norm", SMALL_NET_EPS, None)(x)
         x = nn.gelu(dense(self.hidden, ("embed", "mlp"), name="hidden", dtype=self.dtype)(x), approximate=False)
-        return dense(self.features, ("mlp", "embed"), name="out", dtype=self.dtype)(x)
+        return dense(self.features, ("mlp", *self.out_axes), name="out", dtype=self.dtype)(x)
 
 
 def sinusoid(times: jax.Array, width: int) -> jax.Array:

@@ -75,8 +75,9 @@ class LayerRouter(nn.Module):
         frame_k, frame_v = k[:, None], v[:, None]
         gathered = attention(q, frame_k, frame_v)  # queries read the frame
         returned = attention(frame_k, gathered, gathered)  # the frame's tokens read the queries
-        change = SmallNet(width, 2 * width, self.dtype, name="delta")(returned.reshape(*returned.shape[:3], width))
-        delta_k, delta_v = (part.reshape(returned.shape) for part in jnp.split(change, 2, -1))
+        net = SmallNet(width, (2, *heads), self.dtype, (None, "heads", "head_dim"), name="delta")
+        change = net(returned.reshape(*returned.shape[:3], width))  # [B, C, S, 2, N, H]
+        delta_k, delta_v = change[..., 0, :, :], change[..., 1, :, :]
         self.sow("intermediates", "change", (delta_k, delta_v))
         gate = nn.sigmoid(self.param("gate", nn.initializers.constant(INITIAL_GATE), ())).astype(k.dtype)
         return frame_k + gate * delta_k, frame_v + gate * delta_v

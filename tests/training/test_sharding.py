@@ -21,6 +21,7 @@ from ahawam_jax.training.objective import ObjectiveConfig, joint_loss, sample_no
 from ahawam_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from ahawam_jax.training.step import TrainState, encode, make_train_step
 from tests.tiny_config import get_config
+from tests.tiny_model import random_params
 
 MODEL = ModelConfig.create(get_config().model)
 OPTIMIZER = OptimizerConfig(**(get_config().optimizer.to_dict() | {"learning_rate": 1e-2, "warmup_steps": 0}))
@@ -53,12 +54,15 @@ def loader_batch(size: int = 8) -> dict[str, np.ndarray]:
 
 
 def run(mesh: jax.sharding.Mesh, folder: Path, steps: int, accumulate: int = 1) -> tuple[TrainState, dict, Any]:
-    """Trains `steps` steps from the folder's newest checkpoint or from scratch."""
+    """Trains `steps` steps from the folder's newest checkpoint or from random parameters."""
     model, optimizer = AhaWam(MODEL), OptimizerConfig(**{**vars(OPTIMIZER), "accumulate": accumulate})
     tx = make_optimizer(optimizer, 10)
     checkpoints = Checkpoints(folder)
     state, layout = initial_state(model, tx, jax.random.key(0), True, mesh, checkpoints)
     checkpoints.close()
+    if int(state.step) == 0:  # heads start at zero: random ones let every gradient through
+        params = jax.tree.map(jax.device_put, random_params(MODEL), layout.params)
+        state = state.replace(params=params, ema=params)
     step = jax.jit(
         make_train_step(model, BlockTransform(), tx, ObjectiveConfig(), optimizer),
         out_shardings=(layout, sharding.replicated(mesh)),
