@@ -81,8 +81,10 @@ class TimeEmbedding(nn.Module):
         x = sinusoid(times, self.freq_dim)
         x = nn.silu(dense(self.dim, (None, "embed"), name="hidden", dtype=jnp.float32, kernel_init=normal)(x))
         x = dense(self.dim, ("embed", "mlp"), name="out", dtype=jnp.float32, kernel_init=normal)(x)
-        rows = dense((6, self.dim), ("embed", None, "mlp"), name="modulation", dtype=jnp.float32)
-        return x, rows(nn.silu(x))
+        # Pinned: left to itself, XLA's partitioner (JAX 0.10.2) makes wrong gradients of this on a 2x2x2 mesh.
+        x = constrain(x, ("batch", None, "activation_embed"))
+        rows = dense((6, self.dim), ("embed", None, "mlp"), name="modulation", dtype=jnp.float32)(nn.silu(x))
+        return x, constrain(rows, ("batch", None, None, "activation_embed"))
 
 
 class TextEmbedding(nn.Module):
