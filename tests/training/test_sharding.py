@@ -24,7 +24,7 @@ from tests.tiny_config import get_config
 from tests.tiny_model import random_params
 
 MODEL = ModelConfig.create(get_config().model)
-OPTIMIZER = OptimizerConfig(**(get_config().optimizer.to_dict() | {"learning_rate": 1e-2, "warmup_steps": 0}))
+OPTIMIZER = OptimizerConfig(**(get_config().optimizer.to_dict() | {"warmup_steps": 0}))
 
 TEXT = np.random.default_rng(1).normal(size=(1, 4, MODEL.text_dim)).astype(np.float32)
 
@@ -112,6 +112,8 @@ def test_eight_devices_compute_what_one_does(one_device: tuple[TrainState, dict]
     for name in ("loss", "loss_video", "loss_action", "gradient_norm"):
         assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-5)
     assert worst_difference(moving(state.opt_state[1][0].mu), moving(expected.opt_state[1][0].mu)) < 1e-5
+    # Adam divides a gradient by its own size, so an element's update is off by learning_rate (1e-3) times its relative
+    # rounding error, 0.6 % for the smallest gradients.
     assert worst_difference(moving(state.params), moving(expected.params)) < 1e-5
 
 
