@@ -82,14 +82,14 @@ def uninterrupted(dataset: Path, cache: Path, tmp_path_factory: pytest.TempPathF
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     uninterrupted: Path, dataset: Path, cache: Path, tmp_path: Path, kill_after: int
 ) -> None:
-    """Killed before the first checkpoint (step 10), between two, and late."""
+    """Killed before the first checkpoint (step 10), perhaps while it is written, and after two."""
     process = start(dataset, cache, tmp_path, *LENGTH)
     wait_for_steps(tmp_path, kill_after, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(curve(tmp_path)) < STEPS
     output = finish(start(dataset, cache, tmp_path, *LENGTH))
-    assert "resuming at step" in output or kill_after == 2
+    assert "resuming at step" in output or kill_after < 31
     assert curve(tmp_path) == curve(uninterrupted)
     assert [row["step"] for row in curve(tmp_path)] == list(range(1, STEPS + 1))
 
