@@ -225,6 +225,8 @@ def train(config: ConfigDict, workdir: str | Path) -> float:
 
     timer = _Timer(start)
     with sharding.activation_rules(mesh):
+        if start == config.train.steps:  # nothing left to train: a demo that was stopped later still reports it
+            error = _validate(config, data, state, mesh, open_loop_error, context, context_mask)
         for step in range(start + 1, config.train.steps + 1):
             with timer.waiting():
                 batch = sharding.put_batch(next(loader), mesh)

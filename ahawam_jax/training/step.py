@@ -51,8 +51,7 @@ def encode(batch: Batch, tower: Any, context: jax.Array, context_mask: jax.Array
     encoded = {name: x for name, x in batch.items() if name not in ("video", "observations", "history", "instruction")}
     encoded["input_latents"] = tower.encode(pixels(batch["video"]))
     encoded["obs_latents"] = singles(batch["observations"])
-    if batch["history"].shape[1]:
-        encoded["history_latents"] = singles(batch["history"])
+    encoded["history_latents"] = singles(batch["history"])
     encoded["context"] = context[batch["instruction"]]
     encoded["context_mask"] = context_mask[batch["instruction"]]
     return jax.lax.stop_gradient(encoded)
