@@ -26,7 +26,7 @@ from ahawam_jax.training.sharding import abstract, activation_rules, batch_shard
 from ahawam_jax.weights.convert import load
 from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.umt5 import TABLE, text_encoder_tensors
-from data_pipelines.episodes import open_episodes
+from data_pipelines.robocoin import open_datasets
 
 Loader = Callable[[Mesh], tuple[TextEncoderConfig, Any]]
 
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, required=True, help="file or folder with the encoder's weights")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json, or that file")
     parser.add_argument("--cache", type=Path, required=True, help="folder to write to; made where it does not exist")
-    parser.add_argument("--dataset", type=Path, nargs="+", default=[], help="datasets: all their instructions")
+    parser.add_argument("--dataset", type=Path, nargs="+", default=[], help="datasets or subset files to encode")
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TASK", help="single instructions, each in quotes")
     parser.add_argument("--length", type=int, default=128, help="tokens per prompt (default 128, the release's)")
     parser.add_argument("--batch", type=int, default=16, help="prompts encoded at once (default 16)")
@@ -113,7 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--length must be at least 2 and --batch at least 1")
 
     try:
-        instructions = [text for path in options.dataset for text in open_episodes(path).instructions]
+        datasets = [dataset for path in options.dataset for dataset, _ in open_datasets(path)]
+        instructions = [text for dataset in datasets for text in dataset.instructions]
         prompts = [prompt(text) for text in [*instructions, *options.prompt]]
         tokenizer = Tokenizer(options.tokenizer, options.length)
         mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})

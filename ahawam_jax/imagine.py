@@ -21,11 +21,11 @@ from PIL import Image, ImageDraw
 
 from ahawam_jax.inference.policy import load_run
 from ahawam_jax.inference.sampling import imagine
+from ahawam_jax.latents import make_canvas
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import FRAMES_PER_LATENT
 from ahawam_jax.towers import build_text_tower, build_video_tower
 from ahawam_jax.training.step import pixels
-from data_pipelines.canvas import canvas_size
 from data_pipelines.episodes import open_episodes
 from data_pipelines.frame_cache import DecodingFrames
 from data_pipelines.lerobot_writer import encode_video
@@ -134,9 +134,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def current_frame(options: argparse.Namespace, config: ConfigDict) -> tuple[dict[str, np.ndarray], str, int]:
     """Panels "now" [1, H, W, 3] and, from a dataset, "recorded" [n, H, W, 3]; the instruction; frames per second."""
-    head_size, ratio = tuple(config.data.head_size), config.model.video_ratio
+    canvas, ratio = make_canvas(config), config.model.video_ratio
     if options.image is not None:
-        height, width = canvas_size(head_size)
+        height, width = canvas.size
         image = Image.open(options.image).convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
         return {"now": np.asarray(image)[None]}, options.instruction, 6
     dataset = open_episodes(options.dataset)
@@ -146,7 +146,7 @@ def current_frame(options: argparse.Namespace, config: ConfigDict) -> tuple[dict
     if not 0 <= options.row < length:
         raise ValueError(f"--row is {options.row}; episode {options.episode} has rows 0 to {length - 1}.")
     rows = np.minimum(options.row + ratio * np.arange(options.frames), length - 1)
-    clip = DecodingFrames(dataset, head_size)[dataset.starts[options.episode] + rows]
+    clip = DecodingFrames(dataset, canvas)[dataset.starts[options.episode] + rows]
     instruction = options.instruction or dataset.instruction(options.episode)
     return {"now": clip[:1], "recorded": clip}, instruction, max(1, round(dataset.fps / ratio))
 

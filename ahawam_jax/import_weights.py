@@ -28,7 +28,7 @@ from ahawam_jax.weights.convert import flatten
 from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.importing import load_model
 from ahawam_jax.weights.tensors import WeightsError
-from data_pipelines.statistics import load_statistics
+from data_pipelines.statistics import load_statistics, to_lists
 
 _SOURCE = flags.DEFINE_string("source", None, "Checkpoint: a file, one of its shards or a model's folder.")
 _STATISTICS = flags.DEFINE_string("statistics", "", "dataset_stats.json of the checkpoint; a policy needs it.")
@@ -58,7 +58,7 @@ def import_checkpoint(
                     f"{statistics} describes {kind}s of {found} numbers, config.model.{kind}_dim is {width}; take the "
                     "file that belongs to this checkpoint."
                 )
-        run["statistics"] = {k: {n: v.tolist() for n, v in s.items()} for k, s in stats.items()}
+        run["statistics"] = to_lists({"": stats})
     like = sharding.abstract(abstract_params(model), mesh)
     size = sum(x.nbytes for x in weights.tensors.values())
     print(f"{weights.path}: {len(weights.tensors)} tensors, {size / 2**30:.2f} GiB, {len(weights.files)} files")

@@ -159,7 +159,8 @@ def inspect_checkpoint(path: Path, config: ModelConfig | None) -> int:
     print(f"{folder}: items {', '.join(items)}")
     arrays = checkpoints.stored_arrays(folder / "inference")
     print_table(arrays, lambda name: next((label for label, part in COMPONENTS if _under(name, part)), name))
-    print(f"  statistics: {'yes' if 'statistics' in run else 'none, so a policy cannot run'}")
+    robots = run.get("statistics", {})
+    print(f"  statistics: {', '.join(name or 'one robot' for name in robots) or 'none, so a policy cannot run'}")
     for key in ("source", "instructions"):
         if run.get(key):
             print(f"  {key}: {str(run[key])[:100]}")

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import ftfy
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
 from ahawam_jax.models.text_encoder import TextEncoderConfig
+from ahawam_jax.weights.convert import digest
 from ahawam_jax.weights.torch_file import read_torch, write_torch
 
 PROMPT = "A video recorded from a robot's point of view executing the following instruction: {task}"
@@ -136,12 +136,8 @@ def write_entry(folder: str | Path, prompt: str, tokens: np.ndarray, mask: np.nd
 
 def fingerprint(config: TextEncoderConfig, params: Any, tokenizer: Tokenizer) -> dict[str, str]:
     """What tells one encoder from another: its sizes, a hash over a grid of entries of every weight, its tokenizer."""
-    weights = hashlib.sha256()
-    for x in jax.tree.leaves(params):
-        grid = tuple(slice(None, None, max(1, size // 4)) for size in x.shape)
-        weights.update(np.asarray(x[grid]).astype(np.float32).tobytes())
     sizes = json.dumps(dataclasses.asdict(config))
-    return {"sizes": sizes, "weights": weights.hexdigest(), "tokenizer": tokenizer.digest}
+    return {"sizes": sizes, "weights": digest(params), "tokenizer": tokenizer.digest}
 
 
 def claim(folder: str | Path, mark: Mapping[str, str]) -> None:

@@ -1,5 +1,6 @@
 """The frozen towers a configuration names, with their weights: images <-> latents, instructions -> text tokens."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ahawam_jax.models.config import FRAMES_PER_LATENT, SPATIAL_STRIDE, ModelCon
 from ahawam_jax.models.towers import BlockTransform, HashedWords
 from ahawam_jax.models.vae import WanVae, abstract_vae_params
 from ahawam_jax.text_cache import CachedText
-from ahawam_jax.weights.convert import flatten, load
+from ahawam_jax.weights.convert import digest, flatten, load
 from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.tensors import WeightsError
 from ahawam_jax.weights.vae import table, vae_tensors
@@ -57,6 +58,13 @@ def build_video_tower(
             f"frames, the model reads {wanted[0]} of {wanted[1]}x{wanted[1]}x{wanted[2]}; use the VAE of Wan2.2."
         )
     return tower
+
+
+def fingerprint(tower: VideoTower) -> str:
+    """What tells one video tower from another: its kind, sizes, weights, and the dtype they are computed in."""
+    leaves, structure = jax.tree.flatten(tower)
+    dtypes = sorted({str(x.dtype) for x in leaves})
+    return f"{type(tower).__name__} {hashlib.sha256(repr(structure).encode()).hexdigest()} {dtypes} {digest(leaves)}"
 
 
 def _check_name(kind: str, name: str, known: tuple[str, ...]) -> None:

@@ -13,7 +13,10 @@ draw random windows of the same two datasets and have the same number of threads
 - decoding: the loader on `DecodingFrames`, which decodes for every batch anew;
 - frame cache: the loader on `open_frames`, decoded once, then a memory map.
 
-The rounds of all rows alternate, so that a busy machine slows them alike. CPU time is what the process used.
+The first two are what a user has without this loader: they open files anew, convert colours with PyAV's defaults
+and resize picture by picture with Pillow; nothing in our decoding or composing makes them faster or slower. The
+columns "times" compare with each of them. The rounds of all rows alternate, so that a busy machine slows them alike.
+CPU time is what the process used.
 """
 
 import argparse
@@ -24,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,17 +35,18 @@ from pathlib import Path
 import av
 import grain
 import numpy as np
+from PIL import Image
 
-from data_pipelines.canvas import CAMERAS, compose
-from data_pipelines.episodes import Episodes, open_episodes
-from data_pipelines.frame_cache import DecodingFrames, open_frames
+from data_pipelines.canvas import CAMERAS, Canvas
+from data_pipelines.episodes import open_episodes
+from data_pipelines.frame_cache import DecodingFrames, Frames, open_frames
 from data_pipelines.lerobot import IMAGE_PREFIX, LeRobot
 from data_pipelines.lerobot_writer import EncodedVideo, LeRobotWriter
 from data_pipelines.loader import THREADS, Source, make_loader
 from data_pipelines.windows import WindowConfig
 
 EPISODES, ROWS, FPS, BATCH, ROUNDS = 4, 500, 25, 4, 3
-SIZE, HEAD = (240, 320), (256, 320)  # pixels recorded, and of the head view on the canvas
+SIZE, HEAD_SIZE = (240, 320), (256, 320)  # pixels recorded, and of the head view on the canvas
 GOPS = (2, 30)  # rows between key frames: what `lerobot` records, and a usual distance elsewhere
 WINDOW = WindowConfig()
 
@@ -79,7 +83,7 @@ def encode(images: Iterator[np.ndarray], gop: int) -> EncodedVideo:
     return EncodedVideo(buffer.getvalue(), ROWS, SIZE, np.ones((3, 256), np.int64))
 
 
-def random_window(dataset: LeRobot, read: Callable[[Path, list[int]], np.ndarray], number: int) -> np.ndarray:
+def random_window(read: Callable[[Path, list[int]], np.ndarray], dataset: LeRobot, number: int) -> np.ndarray:
     """Canvases [n, H, W, 3] of a window, `read` answering with frames [n, *SIZE, 3] of a file."""
     rng = np.random.default_rng(number)
     episode, start = rng.integers(EPISODES), rng.integers(ROWS)
@@ -89,7 +93,17 @@ def random_window(dataset: LeRobot, read: Callable[[Path, list[int]], np.ndarray
     for camera in CAMERAS:
         path, first = dataset.video(episode, IMAGE_PREFIX + camera)
         views[camera] = read(path, [int(first + row) for row in [*history[history >= 0], *video]])
-    return compose(views, HEAD)
+    return compose_plainly(views)
+
+
+def compose_plainly(views: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The canvases of `data_pipelines.canvas.compose` by the shortest way to write it: resize, stack, concatenate."""
+    height, width = HEAD_SIZE
+    head, left, right = (
+        np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)) for image in views[name]])
+        for name, size in zip(CAMERAS, [(width, height), *2 * [(width // 2, height // 2)]], strict=True)
+    )
+    return np.concatenate([head, np.concatenate([left, right], axis=2)], axis=1)
 
 
 def seek_per_frame(path: Path, numbers: list[int]) -> np.ndarray:
@@ -109,17 +123,31 @@ def decode_through(path: Path, numbers: list[int]) -> np.ndarray:
                 return np.stack([images[number] for number in numbers])
 
 
-WAYS = {"seek per frame": seek_per_frame, "decode through": decode_through, "decoding": None, "frame cache": None}
+def plain(read: Callable[[Path, list[int]], np.ndarray], dataset: LeRobot, cache: Path) -> Iterator[int]:
+    windows = grain.MapDataset.range(sys.maxsize).map(partial(random_window, read, dataset))
+    return (1 for _ in windows.to_iter_dataset(grain.ReadOptions(THREADS, THREADS)))
 
 
-def samples(way: str, dataset: Episodes, cache: Path) -> Iterator[int]:
-    """Reads without end and says each time how many samples it has read."""
-    if read := WAYS[way]:
-        windows = grain.MapDataset.range(sys.maxsize).map(partial(random_window, dataset, read))
-        return (1 for _ in windows.to_iter_dataset(grain.ReadOptions(THREADS, THREADS)))
-    frames = DecodingFrames(dataset, HEAD) if way == "decoding" else open_frames(dataset, HEAD, cache)
+def loader(frames: Frames, dataset: LeRobot) -> Iterator[int]:
     batches = make_loader([Source(dataset, frames, None)], WINDOW, BATCH, seed=0)
     return (len(batch["video"]) for batch in batches)
+
+
+def decoding(dataset: LeRobot, cache: Path) -> Iterator[int]:
+    return loader(DecodingFrames(dataset, Canvas(HEAD_SIZE)), dataset)
+
+
+def frame_cache(dataset: LeRobot, cache: Path) -> Iterator[int]:
+    return loader(open_frames(dataset, Canvas(HEAD_SIZE), cache), dataset)
+
+
+# Each reads the dataset without end, with `cache` as the folder for what it keeps, and says each time how many
+# samples it has read. A further way is a further line; the first call may take long, it is not measured.
+BASELINES = {"seek per frame": partial(plain, seek_per_frame), "decode through": partial(plain, decode_through)}
+WAYS: dict[str, Callable[[LeRobot, Path], Iterator[int]]] = BASELINES | {
+    "decoding": decoding,
+    "frame cache": frame_cache,
+}
 
 
 def measure(reading: Iterator[int], seconds: float) -> np.ndarray:
@@ -141,9 +169,11 @@ def main() -> None:
     print(
         f"{os.cpu_count()} cores {platform.machine()}, {THREADS} threads, load {os.getloadavg()[0]:.1f} before; "
         f"Python {platform.python_version()}, av {av.__version__}, grain {version('grain')}, numpy {np.__version__}, "
-        f"commit {commit}\n\n| rows between key frames | way | samples/s | times | CPU ms per sample | times |"
+        f"commit {commit}\n"
     )
-    print("|---" * 6 + "|")
+    times = [f"times {name}" for name in BASELINES]
+    print(_row("rows between key frames", "way", "samples/s", *times, "CPU ms per sample", *times))
+    print("|---" * (4 + 2 * len(times)) + "|")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         for gop in GOPS:
@@ -151,17 +181,20 @@ def main() -> None:
             if not root.exists():
                 write_dataset(root, gop)
             dataset = open_episodes(root)
-            open_frames(dataset, HEAD, folder)
             totals = np.zeros((len(WAYS), 3))
             for _ in range(ROUNDS):
-                for total, way in zip(totals, WAYS, strict=True):
-                    total += measure(samples(way, dataset, folder), options.seconds / ROUNDS)
+                for total, way in zip(totals, WAYS.values(), strict=True):
+                    total += measure(way(dataset, folder), options.seconds / ROUNDS)
             rate, cost = totals[:, 0] / totals[:, 1], 1e3 * totals[:, 2] / totals[:, 0]
+            first = range(len(BASELINES))
             for i, way in enumerate(WAYS):
-                print(
-                    f"| {gop} | {way} | {rate[i]:.1f} | {rate[i] / rate[0]:.1f} | {cost[i]:.1f} | "
-                    f"{cost[0] / cost[i]:.1f} |"
-                )
+                faster = [f"{rate[i] / rate[base]:.1f}" for base in first]
+                cheaper = [f"{cost[base] / cost[i]:.1f}" for base in first]
+                print(_row(gop, way, f"{rate[i]:.1f}", *faster, f"{cost[i]:.1f}", *cheaper))
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":

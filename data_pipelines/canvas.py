@@ -1,9 +1,10 @@
-"""The three-view canvas: head camera on top, the two wrists side by side below.
+"""The canvas: head camera on top, the two wrists side by side below, or the head camera alone.
 
 One function for training and deployment, so that what the policy sees is what it was trained on.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -11,45 +12,73 @@ from PIL import Image
 HEAD, LEFT, RIGHT = CAMERAS = ("cam_high", "cam_left_wrist", "cam_right_wrist")
 
 
-def canvas_size(head_size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width in pixels of the canvas around a head view of `head_size` (height, width)."""
-    height, width = head_size
-    if height % 2 or width % 2 or min(head_size) < 2:
-        raise ValueError(f"the head view must have even height and width, twice the wrists', got {head_size}.")
-    return height + height // 2, width
+@dataclass(frozen=True)
+class Canvas:
+    """How camera views become one picture.
 
-
-def compose(views: Mapping[str, np.ndarray], head_size: tuple[int, int]) -> np.ndarray:
-    """Canvas uint8 [..., 1.5 h, w, 3] from RGB views uint8 [..., h', w', 3] named as CAMERAS.
-
-    The head view is resized to head_size (h, w), the wrists to (h/2, w/2), antialiased bilinear; a view that
-    already has its size is copied untouched. The release uses (256, 320), a canvas of 384x320.
+    head_size: (height, width) in pixels of the head view; even, unless it stands alone.  single_view: the head view
+    is all there is. The release uses (256, 320) and three views, a picture of 384x320.
     """
-    missing = [name for name in CAMERAS if name not in views]
-    if missing:
-        raise ValueError(f"the canvas needs the cameras {', '.join(CAMERAS)}; missing: {', '.join(missing)}.")
-    for name in CAMERAS:
-        if views[name].dtype != np.uint8 or views[name].ndim < 3 or views[name].shape[-1] != 3:
+
+    head_size: tuple[int, int]
+    single_view: bool = False
+
+    def __post_init__(self) -> None:
+        height, width = self.head_size
+        if not self.single_view and (height % 2 or width % 2) or min(self.head_size) < 2:
             raise ValueError(
-                f"camera {name}: expected uint8 [..., height, width, 3], got {views[name].dtype} "
-                f"{list(views[name].shape)}."
+                f"the head view must have even height and width, twice the wrists', got {self.head_size}."
             )
-    height, width = head_size
-    low, half = height // 2, width // 2
-    out = np.empty((*views[HEAD].shape[:-3], *canvas_size(head_size), 3), np.uint8)
-    out[..., :height, :, :] = _resize(views[HEAD], (height, width))
-    out[..., height:, :half, :] = _resize(views[LEFT], (low, half))
-    out[..., height:, half:, :] = _resize(views[RIGHT], (low, half))
-    return out
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The views it is made of."""
+        return CAMERAS[:1] if self.single_view else CAMERAS
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of the picture."""
+        height, width = self.head_size
+        return (height if self.single_view else height + height // 2), width
+
+    def compose(self, views: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Picture uint8 [..., *size, 3] from RGB views uint8 [..., h', w', 3] named as `cameras`; others are ignored.
+
+        The head view is resized to head_size (h, w), the wrists to (h/2, w/2), antialiased bilinear; a view that
+        already has its size is copied untouched. Raises ValueError for a missing view, and for views that do not fit
+        together.
+        """
+        missing = [name for name in self.cameras if name not in views]
+        if missing:
+            raise ValueError(f"the canvas needs the cameras {', '.join(self.cameras)}; missing: {', '.join(missing)}.")
+        for name in self.cameras:
+            if views[name].dtype != np.uint8 or views[name].ndim < 3 or views[name].shape[-1] != 3:
+                raise ValueError(
+                    f"camera {name}: expected uint8 [..., height, width, 3], got {views[name].dtype} "
+                    f"{list(views[name].shape)}."
+                )
+            if views[name].shape[:-3] != views[HEAD].shape[:-3]:
+                raise ValueError(
+                    f"camera {name}: expected as many images as {HEAD} has, {list(views[HEAD].shape[:-3])}, got "
+                    f"{list(views[name].shape[:-3])}."
+                )
+        height, half = self.head_size[0], self.head_size[1] // 2
+        out = np.empty((*views[HEAD].shape[:-3], *self.size, 3), np.uint8)
+        _resize(views[HEAD], out[..., :height, :, :])
+        if not self.single_view:
+            _resize(views[LEFT], out[..., height:, :half, :])
+            _resize(views[RIGHT], out[..., height:, half:, :])
+        return out
 
 
-def _resize(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [..., h', w', 3] -> [..., h, w, 3].
+def _resize(images: np.ndarray, out: np.ndarray) -> None:
+    """uint8 [..., h', w', 3] into out uint8 [..., h, w, 3].
 
     Pillow's bilinear filter widens as the image shrinks, which is what antialiased means.
     """
-    if images.shape[-3:-1] == size:
-        return images
-    flat = images.reshape(-1, *images.shape[-3:])
-    resized = [Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR) for image in flat]
-    return np.stack([np.asarray(image) for image in resized]).reshape(*images.shape[:-3], *size, 3)
+    height, width = out.shape[-3:-1]
+    if images.shape[-3:-1] == (height, width):
+        out[...] = images
+        return
+    for place in np.ndindex(images.shape[:-3]):
+        out[place] = Image.fromarray(images[place]).resize((width, height), Image.Resampling.BILINEAR)

@@ -40,6 +40,7 @@ FORMATS = {
     RobotwinClassic: "RoboTwin, classic form",
     RobotwinXPolicyLab: "RoboTwin, XPolicyLab form",
 }
+NEEDED = {"three": CAMERAS, "head": CAMERAS[:1], "mapped": ()}  # cameras that training asks for
 LISTED = 20  # problems and warnings written out
 EXAMPLES = 3  # instructions written out
 MEASURED = 3  # episodes whose decoding is timed
@@ -87,13 +88,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument("--fast", action="store_true", help="metadata and rows only, no video")
     depth.add_argument("--full", action="store_true", help="decode every frame, not a few of every video")
+    parser.add_argument(
+        "--cameras",
+        choices=NEEDED,
+        default="three",
+        help="what training will ask for: the three views (default), the head alone (config.data.single_view), or "
+        "names that a subset file maps",
+    )
     chosen = parser.parse_args(arguments)
     try:
         dataset = open_episodes(chosen.path)
     except DatasetError as error:
         return _verdict(Findings({str(error): []}), "the metadata")
     _print(_description(dataset))
-    findings = examine(dataset, videos=not chosen.fast, whole=chosen.full)
+    findings = examine(dataset, NEEDED[chosen.cameras], videos=not chosen.fast, whole=chosen.full)
     if findings.rows_read:
         _print(_tables(dataset, findings.rows_read))
     if not findings.left:
@@ -105,11 +113,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _verdict(findings, "metadata and rows" if chosen.fast else f"metadata, rows and {frames}")
 
 
-def examine(dataset: Episodes, videos: bool, whole: bool) -> Findings:
-    """Looks at the rows, and if `videos` at the pictures, of every episode; all frames if `whole`."""
+def examine(dataset: Episodes, cameras: Sequence[str], videos: bool, whole: bool) -> Findings:
+    """Looks at the rows, and if `videos` at the pictures, of every episode; all frames if `whole`.
+
+    cameras: what it must have.
+    """
     findings = Findings()
     try:
-        dataset.require_cameras(CAMERAS)
+        dataset.require_cameras(cameras)
     except DatasetError as error:
         findings.problems[str(error)] = []
     episodes = range(len(dataset.lengths))

@@ -18,7 +18,9 @@ class DatasetError(ValueError):
 class Episodes(Protocol):
     """The episodes of one dataset. A row holds what the robot saw and felt and the action it then was given.
 
-    root: what `open_episodes` was given; it opens the same dataset again in any process.
+    A dataset may be pickled and used in another process.
+
+    root: what `open_episodes` was given.
     robot: type of the robot as recorded, "" where it is not.  fps: rows per second as labelled.
     cameras: short name ("cam_high") -> (height, width) in pixels.
     lengths: int64 [E] rows per episode.  starts: int64 [E] dataset row of each episode's first row.
@@ -59,6 +61,9 @@ class Episodes(Protocol):
 
         Calls from several threads do not meet. Raises IndexError for rows outside the episode.
         """
+
+    def identity(self) -> str:
+        """Hash of the recording: other pictures, episodes or cameras give another one. What caches go by."""
 
     def require_cameras(self, names: Sequence[str]) -> None:
         """Refuses with a sentence if a camera is missing."""

@@ -18,8 +18,8 @@ from typing import Protocol
 
 import numpy as np
 
-from data_pipelines.canvas import CAMERAS, canvas_size, compose
-from data_pipelines.episodes import DatasetError, Episodes, open_episodes
+from data_pipelines.canvas import Canvas
+from data_pipelines.episodes import DatasetError, Episodes
 
 CACHE_VERSION = 1  # raise it whenever the pixels of a canvas change for the same dataset
 BLOCK = 256  # rows decoded at a time, which bounds the memory of long episodes
@@ -37,10 +37,10 @@ class Frames(Protocol):
 class DecodingFrames:
     """Frames decoded when asked for: no disk, no wait, slow. The choice for datasets too big to cache."""
 
-    def __init__(self, dataset: Episodes, head_size: tuple[int, int]) -> None:
-        dataset.require_cameras(CAMERAS)
-        self._dataset, self._head_size = dataset, head_size
-        self.shape = (int(dataset.lengths.sum()), *canvas_size(head_size), 3)
+    def __init__(self, dataset: Episodes, canvas: Canvas) -> None:
+        dataset.require_cameras(canvas.cameras)
+        self._dataset, self._canvas = dataset, canvas
+        self.shape = (int(dataset.lengths.sum()), *canvas.size, 3)
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         unique, inverse = np.unique(np.asarray(rows), return_inverse=True)
@@ -48,27 +48,26 @@ class DecodingFrames:
         out = np.empty((len(unique), *self.shape[1:]), np.uint8)
         for episode in np.unique(episodes):
             here = episodes == episode
-            out[here] = _canvases(
-                self._dataset, self._head_size, episode, unique[here] - self._dataset.starts[episode]
-            )
+            rows = unique[here] - self._dataset.starts[episode]
+            out[here] = _canvases(self._dataset, self._canvas, episode, rows)
         return out[inverse]
 
 
-def open_frames(dataset: Episodes, head_size: tuple[int, int], cache_dir: str | Path, processes: int = 1) -> np.memmap:
+def open_frames(dataset: Episodes, canvas: Canvas, cache_dir: str | Path, processes: int = 1) -> np.memmap:
     """Read-only memory map uint8 [total rows, H, W, 3] of composed canvases, built on first use.
 
     processes: decoding workers of the build; more than 1 starts new interpreters, so the calling script needs
     its `if __name__ == "__main__"` guard. A second process that asks for the same cache waits for the first.
     """
-    dataset.require_cameras(CAMERAS)
-    shape = (int(dataset.lengths.sum()), *canvas_size(head_size), 3)
-    key = _key(dataset, head_size)
+    dataset.require_cameras(canvas.cameras)
+    shape = (int(dataset.lengths.sum()), *canvas.size, 3)
+    key = pictures_key(dataset, canvas)
     folder = Path(cache_dir) / f"frames-{key[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
-            _build(dataset, head_size, shape, key, folder, processes)
+            _build(dataset, canvas, shape, key, folder, processes)
     return _open(folder, shape, key)
 
 
@@ -89,7 +88,7 @@ def _open(folder: Path, shape: tuple[int, ...], key: str) -> np.memmap:
 
 def _build(
     dataset: Episodes,
-    head_size: tuple[int, int],
+    canvas: Canvas,
     shape: tuple[int, ...],
     key: str,
     folder: Path,
@@ -104,13 +103,14 @@ def _build(
         file.truncate(int(np.prod(shape)))
     # Whole episodes in order: neighbours share a video file, and every worker decodes forward.
     episodes = range(len(dataset.lengths))
-    write = partial(_write_episode, dataset.root, head_size, data, shape)
+    write = partial(_write_episode, canvas, data, shape)
     progress = _Progress(shape[0], folder.name)
     if processes == 1:
+        _set_dataset(dataset)
         for episode in episodes:
             progress.add(write(episode))
     else:
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        with multiprocessing.get_context("spawn").Pool(processes, _set_dataset, [dataset]) as pool:
             for rows in pool.imap_unordered(write, episodes):
                 progress.add(rows)
     with open(data, "rb+") as file:
@@ -119,40 +119,32 @@ def _build(
     os.replace(unfinished, folder)
 
 
-def _write_episode(root: Path, head_size: tuple[int, int], data: Path, shape: tuple[int, ...], episode: int) -> int:
+def _set_dataset(dataset: Episodes) -> None:
+    """What `_write_episode` reads, given to each worker once."""
+    global _dataset
+    _dataset = dataset
+
+
+def _write_episode(canvas: Canvas, data: Path, shape: tuple[int, ...], episode: int) -> int:
     """Decodes one episode into its rows of the file; returns the number of rows. Runs in a worker."""
-    dataset = _dataset(root)
+    dataset = _dataset
     out = np.memmap(data, np.uint8, "r+", shape=shape)
     start, length = dataset.starts[episode], int(dataset.lengths[episode])
     for low in range(0, length, BLOCK):
         rows = np.arange(low, min(low + BLOCK, length))
-        out[start + rows[0] : start + rows[-1] + 1] = _canvases(dataset, head_size, episode, rows)
+        out[start + rows[0] : start + rows[-1] + 1] = _canvases(dataset, canvas, episode, rows)
     out.flush()
     return length
 
 
-_opened: dict[Path, Episodes] = {}
+def _canvases(dataset: Episodes, canvas: Canvas, episode: int, rows: np.ndarray) -> np.ndarray:
+    return canvas.compose({camera: dataset.frames(episode, camera, rows) for camera in canvas.cameras})
 
 
-def _dataset(root: Path) -> Episodes:
-    """The dataset, its metadata read once per worker."""
-    if root not in _opened:
-        _opened[root] = open_episodes(root)
-    return _opened[root]
-
-
-def _canvases(dataset: Episodes, head_size: tuple[int, int], episode: int, rows: np.ndarray) -> np.ndarray:
-    return compose({camera: dataset.frames(episode, camera, rows) for camera in CAMERAS}, head_size)
-
-
-def _key(dataset: Episodes, head_size: tuple[int, int]) -> str:
-    """Hash of all that decides the pixels: metadata content, sizes of recordings, canvas size, code version."""
-    digest = hashlib.sha256(json.dumps([CACHE_VERSION, list(head_size), CAMERAS]).encode())
-    for path in sorted(path for path in (dataset.root / "meta").rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(dataset.root)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
-    for path in sorted(path for kind in ("*.mp4", "*.hdf5") for path in dataset.root.rglob(kind)):
-        digest.update(f"{path.relative_to(dataset.root)} {path.stat().st_size}\n".encode())
-    return digest.hexdigest()
+def pictures_key(dataset: Episodes, canvas: Canvas) -> str:
+    """Hash of all that decides the canvases of a dataset: its pictures, views and size, the version of the code."""
+    content = [CACHE_VERSION, list(canvas.head_size), canvas.cameras, dataset.identity()]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 class _Progress:

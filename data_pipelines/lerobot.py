@@ -63,7 +63,6 @@ class LeRobot(Reader):
         self._action_key, self.action_dim, self.action_names = _vector(features, ACTION_KEYS, path)
         self.root, self.robot, self.fps = root, str(info.get("robot_type") or ""), float(info["fps"])
         self._info = info
-        self._files: dict[Path, _DataFile] = {}
         self.instructions = self._read_instructions()
         self._episodes = _numbered(self._read_episodes(), "episode_index", root / self._listing)
         self._set_lengths([episode["length"] for episode in self._episodes])
@@ -92,9 +91,7 @@ class LeRobot(Reader):
 
     def _read_rows(self, episode: int) -> Rows:
         path = self._data_path(episode)
-        if path not in self._files:
-            self._files[path] = self._read_file(path)
-        file, length = self._files[path], self.lengths[episode]
+        file, length = self._data_file(path), self.lengths[episode]
         rows = slice(*np.searchsorted(file.episode, [episode, episode + 1]))
         if not np.array_equal(file.frame[rows], np.arange(length)):
             raise DatasetError(
@@ -109,7 +106,7 @@ class LeRobot(Reader):
             )
         return Rows(path, file.state[rows], file.action[rows], file.timestamp[rows], int(tasks[0]))
 
-    def _read_file(self, path: Path) -> _DataFile:
+    def _data_file(self, path: Path) -> _DataFile:
         scalars = ("timestamp", "frame_index", "episode_index", "task_index")
         with _parquet(path) as file:
             table = _read_columns(file, [self._state_key, self._action_key, *scalars], path)
@@ -176,8 +173,19 @@ class LeRobotV30(LeRobot):
 
     def __init__(self, root: Path, info: dict[str, Any]) -> None:
         super().__init__(root, info)
+        self._data_files: dict[Path, _DataFile] = {}
         for camera in self.cameras:
             self._check_apart(IMAGE_PREFIX + camera)
+
+    def _data_file(self, path: Path) -> _DataFile:
+        # Kept for good: a window of another episode in it must not read 100 MB again.
+        if path not in self._data_files:
+            self._data_files[path] = super()._data_file(path)
+        return self._data_files[path]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy for another process reads its files itself."""
+        return self.__dict__ | {"_data_files": {}}
 
     def _read_instructions(self) -> list[str]:
         path = self.root / "meta/tasks.parquet"

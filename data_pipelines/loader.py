@@ -19,6 +19,7 @@ import numpy as np
 
 from data_pipelines.episodes import Episodes
 from data_pipelines.frame_cache import Frames
+from data_pipelines.latent_cache import CachedLatents
 from data_pipelines.statistics import Statistics
 from data_pipelines.windows import WindowConfig, Windows
 
@@ -34,16 +35,29 @@ THREADS = min(16, max(2, os.cpu_count() or 1))
 class Source:
     """A dataset of a mixture.
 
-    frames: its canvases uint8 [total rows, H, W, 3].  statistics: z-score its states and actions; None leaves them
-    in the units of the recording.  weight: its share of the samples, relative to the other sources' weights.
-    episodes: indices of the episodes to use, all by default.
+    frames: its canvases uint8 [total rows, H, W, 3], None where all latents are cached.  statistics: z-score its
+    states and actions; None leaves them in the units of the recording.  weight: its share of the samples, relative to
+    the other sources' weights.  episodes: indices of the episodes to use, all by default.  latents: in place of
+    pictures.
     """
 
     dataset: Episodes
-    frames: Frames
+    frames: Frames | None
     statistics: Statistics | None
     weight: float = 1.0
     episodes: Sequence[int] | None = None
+    latents: CachedLatents | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of its episodes, each of which begins a window."""
+        return int(self.dataset.lengths[slice(None) if self.episodes is None else list(self.episodes)].sum())
+
+    @property
+    def pictures(self) -> list[tuple[int, ...]]:
+        """Shapes of what it shows of a row."""
+        stores = (self.frames, self.latents and self.latents.frames, self.latents and self.latents.clips)
+        return [store.shape[1:] for store in stores if store is not None]
 
 
 def instructions(sources: Sequence[Source]) -> list[str]:
@@ -126,7 +140,7 @@ class _Mixture:
 
     def __init__(self, sources: Sequence[Source], windows: WindowConfig) -> None:
         _check_alike(sources)
-        self.parts = [Windows(s.dataset, s.frames, windows, s.statistics, s.episodes) for s in sources]
+        self.parts = [Windows(s.dataset, s.frames, windows, s.statistics, s.episodes, s.latents) for s in sources]
         counts = [len(source.dataset.instructions) for source in sources]
         self._first_instruction = np.cumsum(counts) - counts
 
@@ -156,7 +170,7 @@ def _check_alike(sources: Sequence[Source]) -> None:
         for what, here, there in (
             ("states of width", source.dataset.state_dim, first.dataset.state_dim),
             ("actions of width", source.dataset.action_dim, first.dataset.action_dim),
-            ("canvases of shape", source.frames.shape[1:], first.frames.shape[1:]),
+            ("pictures of shape", source.pictures, first.pictures),
         ):
             if here != there:
                 raise ValueError(

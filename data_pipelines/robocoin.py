@@ -4,6 +4,7 @@ A RoboCOIN dataset is LeRobot v2.1, one folder per robot and task. Which number 
 are called, varies by robot: both are mapped by name, never by place.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -192,6 +193,9 @@ class Mapped(Episodes):
         self.require_cameras([camera])
         return self._source.frames(episode, self._cameras[camera], indices)
 
+    def identity(self) -> str:
+        return hashlib.sha256(json.dumps([self._source.identity(), self._cameras]).encode()).hexdigest()
+
     def require_cameras(self, names: Sequence[str]) -> None:
         missing = [name for name in names if name not in self.cameras]
         if missing:
@@ -263,6 +267,22 @@ def open_subset(entries: Sequence[Entry]) -> tuple[dict[str, Mapped], dict[str, 
                 raise
             skipped[entry.name] = str(error)
     return opened, skipped
+
+
+def open_datasets(path: str | Path) -> list[tuple[Episodes, float]]:
+    """The datasets at a path and their weights: the one in a folder, or all of a subset file (.toml).
+
+    What a subset file allows to skip, and does not fit, is named on stdout and left out.
+    """
+    if Path(path).suffix != ".toml":
+        return [(open_episodes(path), 1.0)]
+    entries = load_subset(path)
+    opened, skipped = open_subset(entries)
+    for name, reason in skipped.items():
+        print(f"skipping {name}: {reason}", flush=True)
+    if not opened:
+        raise DatasetError(f"{path}: every dataset was skipped; correct the layouts or cameras of at least one.")
+    return [(opened[entry.name], entry.weight) for entry in entries if entry.name in opened]
 
 
 def _entry(table: dict[str, Any], where: str, folder: Path) -> Entry:

@@ -183,6 +183,29 @@ def load_by_robot(folder: str | Path) -> dict[str, Statistics]:
     return {path.parent.name: load_statistics(path) for path in paths}
 
 
+def to_lists(stats: Mapping[str, Statistics]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Statistics by robot as JSON can hold them."""
+    return {
+        robot: {kind: {name: x.tolist() for name, x in values.items()} for kind, values in of_robot.items()}
+        for robot, of_robot in stats.items()
+    }
+
+
+def pick_robot(stats: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], robot: str | None) -> Statistics:
+    """The statistics of one robot out of what `to_lists` made; None for the only one there is.
+
+    Raises DatasetError where that one is not there, or several are and none is named.
+    """
+    if robot is None and len(stats) == 1:
+        robot = next(iter(stats))
+    if robot not in stats:
+        raise DatasetError(
+            f"There are statistics of the robots {', '.join(map(repr, stats)) or '(none)'}, "
+            f"{'none was chosen' if robot is None else f'not of {robot!r}'}; name one of them."
+        )
+    return {kind: {name: np.array(x) for name, x in values.items()} for kind, values in stats[robot].items()}
+
+
 def normalize(x: np.ndarray, stats: Mapping[str, np.ndarray]) -> np.ndarray:
     """z-score of x [..., d] by stats["mean"], stats["std"] [d]; float32, unitless, cut off at -5 and 5.
 

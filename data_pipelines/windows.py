@@ -11,6 +11,7 @@ import numpy as np
 
 from data_pipelines.episodes import Episodes
 from data_pipelines.frame_cache import Frames
+from data_pipelines.latent_cache import CachedLatents, Latents
 from data_pipelines.statistics import Statistics, normalize
 
 FRAMES_PER_LATENT = 4  # the VAE folds four video frames into one latent, the first frame stands alone
@@ -70,18 +71,20 @@ class WindowConfig:
 class Windows:
     """All windows of the chosen episodes, one per row.
 
-    frames: canvases uint8 [total rows, H, W, 3], indexed by dataset row.
+    frames: canvases uint8 [total rows, H, W, 3], indexed by dataset row; None where latents and clips are cached.
     stats: z-scores state and action; None leaves them in the units of the recording.
     episodes: indices of the episodes to use, all by default.
+    latents: what to give in place of pictures.
     """
 
     def __init__(
         self,
         dataset: Episodes,
-        frames: Frames,
+        frames: Frames | None,
         config: WindowConfig,
         stats: Statistics | None = None,
         episodes: Sequence[int] | None = None,
+        latents: CachedLatents | None = None,
     ) -> None:
         total = len(dataset.lengths)
         chosen = np.arange(total) if episodes is None else np.asarray(episodes, np.int64)
@@ -89,9 +92,13 @@ class Windows:
             raise ValueError(
                 f"episodes {chosen.tolist()} must be distinct indices out of the dataset's 0..{total - 1}."
             )
-        if frames.shape[0] != dataset.lengths.sum():
-            raise ValueError(f"frames hold {frames.shape[0]} rows, {dataset.root} has {dataset.lengths.sum()}.")
-        self.config, self.frames = config, frames
+        clips = latents.clips if latents else None
+        if frames is None and clips is None:
+            raise ValueError(f"{dataset.root} needs frames, or latents of frames and clips.")
+        for name, x in (("frames", frames), ("latents", latents and latents.frames), ("clips", clips)):
+            if x is not None and x.shape[0] != dataset.lengths.sum():
+                raise ValueError(f"{name} hold {x.shape[0]} rows, {dataset.root} has {dataset.lengths.sum()}.")
+        self.config, self.frames, self.latents = config, frames, latents
         self._dataset, self._stats, self._chosen = dataset, stats, chosen
         self._starts, self._lengths = dataset.starts[chosen], dataset.lengths[chosen]
         self._ends = np.cumsum(self._lengths)
@@ -110,7 +117,7 @@ class Windows:
 
         C chunks, N loaded rows (`config.rows`), W history frames, canvases [H, W_, 3], 1 + 4 n video frames:
 
-        video uint8 [B, 1+4n, H, W_, 3] every video_ratio rows; image_is_pad bool [B, 1+4n];
+        video uint8 [B, 1+4n, H, W_, 3] every video_ratio rows, see `video_rows`; image_is_pad bool [B, 1+4n];
         observations uint8 [B, C, H, W_, 3] at rows delta + chunk k;
         action float32 [B, N, d], proprio float32 [B, N, p] (state of the same rows), action_is_pad bool
         [B, N]: rows 0..N-1 of the window, the trained ones are [delta, delta + horizon);
@@ -119,6 +126,10 @@ class Windows:
         video_history_valid_len int32 [B]; video_history_frame_indices int32 [B, W] and
         video_temporal_position_ids int32 [B, 1+n]: rotary index, row in the episode // video_ratio;
         instruction int32 [B]: place in `dataset.instructions`.
+
+        With cached latents, float16 of c channels and h x w places: obs_latents [B, C, c, 1, h, w] in place of
+        observations, history_latents [B, W, c, 1, h, w] in place of history and, where clips are cached,
+        input_latents [B, c, 1+n, h, w] in place of video.
         """
         index, delta, c = np.asarray(index), np.asarray(delta), self.config
         if delta.min() < 0 or delta.max() > c.max_offset:
@@ -136,19 +147,21 @@ class Windows:
         # Rows before pictures: what is wrong with an episode is told in the same sentence every time.
         action = self._vectors("action", self._dataset.actions, numbers, table)
         state = self._vectors("state", self._dataset.states, numbers, table)
-        seen = np.where(history < 0, start[:, None], history)  # a row that is decoded anyway, blackened below
-        pictures = self._pictures(episode, np.minimum(video, last), np.minimum(chunk_starts, last), seen)
-        pictures[2][history < 0] = 0
+        seen = np.where(history < 0, start[:, None], history)  # a row that is read anyway, blackened below
+        first = self._starts[episode][:, None]
+        images = self._images({
+            "video": video_rows(c, self._dataset, first[:, 0] + start),
+            "observations": first + np.minimum(chunk_starts, last),
+            "history": first + seen,
+        })  # fmt: skip
+        images["history_latents" if self.latents else "history"][history < 0] = 0
         latents = FRAMES_PER_LATENT * np.arange(1 + (c.video_frames - 1) // FRAMES_PER_LATENT)
-        return {
-            "video": pictures[0],
+        return images | {
             "image_is_pad": video > last,
-            "observations": pictures[1],
             "action": action,
             "action_is_pad": rows > last,
             "proprio": state,
             "action_offset": delta.astype(np.int32),
-            "history": pictures[2],
             "video_history_valid_len": (history >= 0).sum(1).astype(np.int32),
             "video_history_frame_indices": (np.maximum(history, 0) // c.video_ratio).astype(np.int32),
             "video_temporal_position_ids": (start[:, None] // c.video_ratio + latents).astype(np.int32),
@@ -163,10 +176,40 @@ class Windows:
         vectors = np.stack([read(episode)[own] for episode, own in zip(episodes, rows, strict=True)])
         return vectors if self._stats is None else normalize(vectors, self._stats[name])
 
-    def _pictures(self, episode: np.ndarray, *groups: np.ndarray) -> list[np.ndarray]:
-        """Canvases [B, n, H, W, 3] for each group of episode rows [B, n], read in one go: every part of the
-        answer is contiguous, and frames that decode on the fly see each row once."""
-        first = self._starts[episode][:, None]
-        flat = self.frames[np.concatenate([(first + group).ravel() for group in groups])]
-        parts = np.split(flat, np.cumsum([group.size for group in groups])[:-1])
-        return [part.reshape(*group.shape, *flat.shape[1:]) for part, group in zip(parts, groups, strict=True)]
+    def _images(self, groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Of dataset rows [B, n] by name: canvases [B, n, H, W, 3], or the latents that are cached of them."""
+        if self.latents is None:
+            return self._pictures(groups)
+        frames, clips = self.latents.frames, self.latents.clips
+        out = {
+            "obs_latents": _gather(frames, groups["observations"])[:, :, :, None],
+            "history_latents": _gather(frames, groups["history"])[:, :, :, None],
+        }
+        if clips is None:
+            return out | self._pictures({"video": groups["video"]})
+        start = groups["video"][:, :1]
+        video = np.concatenate([_gather(frames, start), _gather(clips, start)[:, 0]], 1)
+        return out | {"input_latents": video.swapaxes(1, 2)}
+
+    def _pictures(self, groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Canvases, read in one go: every part of the answer is contiguous, and frames that decode on the fly see
+        each row once."""
+        flat = self.frames[np.concatenate([rows.ravel() for rows in groups.values()])]
+        parts = np.split(flat, np.cumsum([rows.size for rows in groups.values()])[:-1])
+        return {
+            name: part.reshape(*rows.shape, *flat.shape[1:])
+            for (name, rows), part in zip(groups.items(), parts, strict=True)
+        }
+
+
+def _gather(latents: Latents, rows: np.ndarray) -> np.ndarray:
+    """latents of rows int [B, n] -> [B, n, ...]."""
+    return latents[rows.ravel()].reshape(*rows.shape, *latents.shape[1:])
+
+
+def video_rows(config: WindowConfig, dataset: Episodes, rows: np.ndarray) -> np.ndarray:
+    """Dataset rows of the video frames of windows that begin at dataset rows [n]: int64 [n, 1+4n], the episode's last
+    row in place of any beyond it."""
+    episode = np.searchsorted(dataset.starts, rows, side="right") - 1
+    last = (dataset.starts + dataset.lengths - 1)[episode]
+    return np.minimum(rows[:, None] + config.video_ratio * np.arange(config.video_frames), last[:, None])

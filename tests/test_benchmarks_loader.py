@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from benchmarks import loader as benchmark
-from data_pipelines.canvas import CAMERAS, HEAD
+from data_pipelines.canvas import CAMERAS, HEAD, Canvas
 from data_pipelines.episodes import open_episodes
 from data_pipelines.lerobot import IMAGE_PREFIX
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("EPISODES", 2), ("ROWS", 40), ("SIZE", (32, 48)), ("HEAD", (32, 48))):
+    for name, value in (("EPISODES", 2), ("ROWS", 40), ("SIZE", (24, 48)), ("HEAD_SIZE", (32, 48))):
         monkeypatch.setattr(benchmark, name, value)
 
 
@@ -28,5 +28,11 @@ def test_all_ways_read_the_same(small: None, tmp_path: Path, gop: int) -> None:
     path, first = dataset.video(1, IMAGE_PREFIX + HEAD)
     for way in (benchmark.seek_per_frame, benchmark.decode_through):
         np.testing.assert_array_equal(way(path, [first + row for row in rows]), expected)
-    for way in benchmark.WAYS:
-        assert next(benchmark.samples(way, dataset, tmp_path)) == (1 if benchmark.WAYS[way] else benchmark.BATCH)
+    for name, way in benchmark.WAYS.items():
+        assert next(way(dataset, tmp_path)) == (1 if name in benchmark.BASELINES else benchmark.BATCH)
+
+
+def test_canvases_of_the_baselines_are_the_loaders() -> None:
+    rng = np.random.default_rng(0)
+    views = {camera: rng.integers(0, 256, (2, *benchmark.SIZE, 3), np.uint8) for camera in CAMERAS}
+    np.testing.assert_array_equal(benchmark.compose_plainly(views), Canvas(benchmark.HEAD_SIZE).compose(views))

@@ -184,7 +184,7 @@ def test_inspect_describes_all_of_it(wan: Path, config: ConfigDict, run: Path, c
     assert out.count("fits") == 3
     assert inspect.inspect_path(run, None, values=False) == 0
     out = capsys.readouterr().out
-    assert "items inference, run, state" in out and "statistics: yes" in out and "fits the configuration" in out
+    assert "items inference, run, state" in out and "statistics: tiny" in out and "fits the configuration" in out
     other = ModelConfig(**{**vars(model), "action_dim": 7})
     assert inspect.inspect_path(run, other, values=False) == 3
     assert "misshapen: executor/head/kernel is [16, 3], expected [16, 7]" in capsys.readouterr().out

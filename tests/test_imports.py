@@ -19,9 +19,10 @@ ROOMS = {
     "weights": {"models", "weights"},
     "text_cache": {"models", "weights"},
     "towers": {"models", "weights", "text_cache"},
+    "latents": {"models", "weights", "text_cache", "towers"},
     "inference.sampling": {"models", "flow_matching"},
-    "inference": {"models", "flow_matching", "weights", "towers", "training", "inference"},
-    "training": {"models", "flow_matching", "weights", "towers", "training", "inference.sampling"},
+    "inference": {"models", "flow_matching", "weights", "towers", "latents", "training", "inference"},
+    "training": {"models", "flow_matching", "weights", "towers", "latents", "training", "inference.sampling"},
 }
 
 

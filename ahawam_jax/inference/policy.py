@@ -13,14 +13,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ahawam_jax.inference.sampling import denoise
+from ahawam_jax.latents import make_canvas
 from ahawam_jax.models.aha_wam import AhaWam, abstract_params, empty_memory
 from ahawam_jax.models.config import PATCH, SPATIAL_STRIDE, ModelConfig
 from ahawam_jax.models.memory import PlannerContext, PlannerMemory
 from ahawam_jax.towers import VideoTower, build_text_tower, build_video_tower
 from ahawam_jax.training.checkpoints import CheckpointError, Checkpoints, find_step
 from ahawam_jax.training.step import pixels
-from data_pipelines.canvas import canvas_size, compose
-from data_pipelines.statistics import denormalize, normalize
+from data_pipelines.statistics import denormalize, normalize, pick_robot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +91,11 @@ class Policy:
     ):  # fmt: skip
         policy.check(model.config)
         self.model, self.params, self.config, self.statistics = model, params, policy, statistics
-        self.head_size = tuple(config.data.head_size)
+        self.canvas = make_canvas(config)
         self._text_tower = build_text_tower(config.towers, model.config)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         self._video_tower = build_video_tower(config.towers, model.config, device)
-        height, width = canvas_size(self.head_size)
+        height, width = self.canvas.size
         self._tokens = height * width // (SPATIAL_STRIDE * PATCH) ** 2
         self._key = jax.random.key(config.seed)
         shift = config.objective.shift
@@ -124,9 +124,10 @@ class Policy:
         self._refresh, self._chunk = refresh, chunk
 
     @classmethod
-    def load(cls, path: str | Path, **overrides: Any) -> "Policy":
+    def load(cls, path: str | Path, robot: str | None = None, **overrides: Any) -> "Policy":
         """From a workdir of ahawam_jax.train or one of its checkpoint steps.
 
+        robot: whose statistics to use, where the run was trained on several.
         overrides: fields of PolicyConfig; the rest comes from the run's config.policy.
         """
         model, params, run = load_run(path)
@@ -136,9 +137,7 @@ class Policy:
                 "with --statistics=dataset_stats.json."
             )
         config = ConfigDict(run["config"])
-        statistics = {
-            kind: {name: np.array(values) for name, values in s.items()} for kind, s in run["statistics"].items()
-        }
+        statistics = pick_robot(run["statistics"], robot)
         return cls(model, params, config, statistics, PolicyConfig(**{**config.policy.to_dict(), **overrides}))
 
     def start(self, instructions: Sequence[str]) -> PolicyState:
@@ -163,7 +162,7 @@ class Policy:
                 f"robot_state has shape {robot_state.shape}; expected {(state.text.shape[0], model.state_dim)} finite "
                 "numbers, one row per episode of the state."
             )
-        canvas = jnp.asarray(compose(images, self.head_size))
+        canvas = jnp.asarray(self.canvas.compose(images))
         if state.calls % cfg.refresh_every == 0:
             position = jnp.full(len(canvas), state.elapsed // model.video_ratio, jnp.int32)
             memory = state.memory

@@ -1,12 +1,9 @@
 """The training loop, top to bottom: data, state, resume, steps, logs, validation, checkpoints."""
 
-import dataclasses
 import json
-import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,23 +17,20 @@ from tensorboardX import SummaryWriter
 
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import ModelConfig
-from ahawam_jax.towers import TextTower, build_text_tower, build_video_tower
+from ahawam_jax.towers import build_text_tower, build_video_tower
 from ahawam_jax.training import sharding
 from ahawam_jax.training.checkpoints import Checkpoints, find_step
+from ahawam_jax.training.data import Data, open_data
 from ahawam_jax.training.objective import ObjectiveConfig
 from ahawam_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from ahawam_jax.training.step import TrainState, create_state, make_train_step
 from ahawam_jax.training.validation import make_open_loop_error
-from data_pipelines.canvas import CAMERAS
-from data_pipelines.episodes import Episodes, open_episodes
-from data_pipelines.frame_cache import DecodingFrames, open_frames
-from data_pipelines.loader import Source, evaluation_batches, make_loader
-from data_pipelines.statistics import compute_statistics
-from data_pipelines.windows import WindowConfig
+from data_pipelines.loader import evaluation_batches, make_loader
+from data_pipelines.statistics import to_lists
 
 # What may differ between a run and its continuation: it changes neither the result nor the checkpoint.
 FREE_FIELDS = ("train.log_every", "train.checkpoint_every", "train.validate_every", "train.keep", "mesh", "data.cache",
-               "policy", "init", "towers.video_weights", "towers.text_cache")  # fmt: skip
+               "data.latent", "policy", "init", "towers.video_weights", "towers.text_cache")  # fmt: skip
 VALIDATION_BATCHES = 4
 
 
@@ -44,73 +38,13 @@ class Interrupted(Exception):
     """Training stopped on request after saving a checkpoint."""
 
 
-@dataclasses.dataclass
-class Data:
-    """The dataset as the loop needs it."""
-
-    dataset: Episodes
-    frames: Any
-    windows: WindowConfig
-    statistics: dict[str, dict[str, np.ndarray]]
-    context: np.ndarray  # [I, K, X] text tokens of every distinct instruction
-    context_mask: np.ndarray  # [I, K]
-    train_episodes: list[int]
-    validation_episodes: list[int]
-
-    def put(self, batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-        """This host's rows of a loader batch on the devices, their instructions replaced by text tokens."""
-        rows = {name: x for name, x in batch.items() if name != "instruction"}
-        index = batch["instruction"]
-        rows |= {"context": self.context[index], "context_mask": self.context_mask[index]}
-        return sharding.put_batch(rows, mesh)
-
-
-def open_data(config: ConfigDict, model: ModelConfig, text_tower: TextTower) -> Data:
-    """Opens config.data and checks that it fits the model; every misfit is one sentence."""
-    dataset = open_episodes(config.data.path)
-    dataset.require_cameras(CAMERAS)
-    for name, width, expected in (
-        ("action", dataset.action_dim, model.action_dim),
-        ("state", dataset.state_dim, model.state_dim),
-    ):
-        if width != expected:
-            raise ValueError(
-                f"{dataset.root} has {name}s {width} wide, the model expects {expected}; set "
-                f"config.model.{name}_dim={width} or choose another dataset."
-            )
-    windows = WindowConfig(
-        model.horizon, model.chunk, model.video_ratio, model.memory_frames, config.data.history_stride,
-        config.data.max_offset,
-    )  # fmt: skip
-    episodes, held_out = len(dataset.lengths), config.data.validation_episodes
-    if not 0 <= held_out < episodes:
-        raise ValueError(
-            f"config.data.validation_episodes is {held_out}, but {dataset.root} has {episodes} episodes; hold out "
-            "fewer."
-        )
-    rows = int(dataset.lengths[episodes - held_out :].sum())
-    if 0 < rows < config.data.batch_size:
-        raise ValueError(
-            f"The {held_out} episodes held out of {dataset.root} have {rows} rows, fewer than config.data.batch_size "
-            f"{config.data.batch_size}; hold out more or none."
-        )
-    head_size = tuple(config.data.head_size)
-    if config.data.cache:
-        frames = open_frames(dataset, head_size, config.data.cache, processes=min(8, os.cpu_count() or 1))
-    else:
-        frames = DecodingFrames(dataset, head_size)
-    context, mask = zip(*(text_tower.tokens(text) for text in dataset.instructions), strict=True)
-    return Data(
-        dataset, frames, windows, compute_statistics(dataset), np.stack(context), np.stack(mask),
-        list(range(episodes - held_out)), list(range(episodes - held_out, episodes)),
-    )  # fmt: skip
-
-
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
     """Writes the config of a new workdir; of an old one, raises ValueError listing the fields that differ."""
     path = workdir / "config.json"
     now = json.loads(config.to_json())
     if not path.exists():
+        if jax.process_index():
+            return
         workdir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(now, indent=1))
@@ -136,9 +70,13 @@ def _fields(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class Log:
-    """metrics.jsonl with one line per step, TensorBoard scalars, and the progress line."""
+    """metrics.jsonl with one line per step, and TensorBoard scalars, both written by the first process alone."""
 
     def __init__(self, workdir: Path, start: int):
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         self.path = workdir / "metrics.jsonl"
         kept = []
         if self.path.exists():  # a resumed run writes the steps after its checkpoint again
@@ -147,7 +85,6 @@ class Log:
         temporary.write_text("".join(kept))
         temporary.replace(self.path)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Remembers a step's metrics without waiting for them."""
@@ -157,14 +94,15 @@ class Log:
         """Writes what is pending and returns its means. A loss that is not finite is a FloatingPointError."""
         rows = [(step, {k: float(v) for k, v in m.items()}) for step, m in jax.device_get(self._pending)]
         self._pending = []
-        with self.path.open("a") as file:
-            for step, row in rows:
-                if not np.isfinite(row["loss"]):
-                    raise FloatingPointError(
-                        f"The loss is {row['loss']} at step {step}; the last checkpoint is intact. Lower "
-                        "config.optimizer.learning_rate or look at the data around that step."
-                    )
-                file.write(json.dumps({"step": step, **row}) + "\n")
+        bad = next((n for n, (_, row) in enumerate(rows) if not np.isfinite(row["loss"])), len(rows))
+        if self._writes:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps({"step": step, **row}) + "\n" for step, row in rows[:bad])
+        if bad < len(rows):
+            raise FloatingPointError(
+                f"The loss is {rows[bad][1]['loss']} at step {rows[bad][0]}; the last checkpoint is intact. Lower "
+                "config.optimizer.learning_rate or look at the data around that step."
+            )
         means = {k: float(np.mean([row[k] for _, row in rows])) for k in rows[0][1]} if rows else {}
         if rows:
             self.scalars(rows[-1][0], means)
@@ -172,6 +110,8 @@ class Log:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """TensorBoard scalars of one step."""
+        if not self._writes:
+            return
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()
@@ -199,8 +139,8 @@ def train(config: ConfigDict, workdir: str | Path) -> float:
             f"config.data.batch_size {config.data.batch_size} must be a multiple of mesh data * fsdp * accumulate = "
             f"{rows}."
         )
-    data = open_data(config, model.config, build_text_tower(config.towers, model.config))
     tower = build_video_tower(config.towers, model.config, sharding.replicated(mesh))
+    data = open_data(config, model.config, build_text_tower(config.towers, model.config), tower)
     check_workdir(workdir, config)
     checkpoints = Checkpoints(workdir, config.train.keep)
 
@@ -210,17 +150,16 @@ def train(config: ConfigDict, workdir: str | Path) -> float:
     start = int(state.step)
     run = {
         "config": json.loads(config.to_json()),
-        "statistics": {k: {n: v.tolist() for n, v in s.items()} for k, s in data.statistics.items()},
-        "instructions": list(data.dataset.instructions),
+        "statistics": to_lists(data.statistics),
+        "instructions": data.instructions,
     }
     step_fn = jax.jit(
         make_train_step(model, tx, objective, optimizer), donate_argnums=0,
         out_shardings=(layout, sharding.replicated(mesh)),
     )  # fmt: skip
     open_loop_error = make_open_loop_error(model, config.policy.steps, objective.shift)
-    source = Source(data.dataset, data.frames, data.statistics, episodes=data.train_episodes)
     loader = make_loader(
-        [source], data.windows, config.data.batch_size, config.seed, jax.process_index(), jax.process_count(), start
+        data.train, data.windows, config.data.batch_size, config.seed, jax.process_index(), jax.process_count(), start
     )
     schedule = learning_rate(optimizer, config.train.steps)
     log, stop, error = Log(workdir, start), _StopFlag(), float("nan")
@@ -286,13 +225,12 @@ def initial_state(
 
 def _validate(config, data, state, mesh, open_loop_error, tower) -> float:
     """Mean absolute error of sampled chunks on held-out episodes, in standard deviations of the actions."""
-    if not data.validation_episodes:
+    if not data.validation:
         return float("nan")
     params = state.params if state.ema is None else state.ema
     size = config.data.batch_size
-    count = min(VALIDATION_BATCHES, int(data.dataset.lengths[data.validation_episodes].sum()) // size)
-    source = Source(data.dataset, data.frames, data.statistics, episodes=data.validation_episodes)
-    batches = evaluation_batches([source], data.windows, size, count, jax.process_index(), jax.process_count())
+    count = min(VALIDATION_BATCHES, sum(source.rows for source in data.validation) // size)
+    batches = evaluation_batches(data.validation, data.windows, size, count, jax.process_index(), jax.process_count())
     errors = [
         open_loop_error(params, data.put(batch, mesh), tower, jax.random.key(i))
         for i, batch in enumerate(batches)
@@ -353,10 +291,13 @@ def _progress(step: int, config: ConfigDict, means: dict[str, float], rate: tupl
 
 
 def _banner(config: ConfigDict, model: AhaWam, data: Data, mesh: jax.sharding.Mesh, start: int) -> None:
-    lengths = data.dataset.lengths
+    datasets = [source.dataset for source in data.train]
+    stores = data.train[0].latents
+    cached = "" if stores is None else ", all latents cached" if stores.clips else ", latents of single frames cached"
+    begin = f"resuming at step {start}" if start else "starting"
     print(
-        f"{'resuming at step ' + str(start) if start else 'starting'}: {len(lengths)} episodes, {lengths.sum()} rows, "
-        f"{len(data.train_episodes)} to train; batch {config.data.batch_size}; mesh {dict(mesh.shape)} on "
-        f"{jax.devices()[0].device_kind}; compute {model.config.dtype}",
+        f"{begin}: {sum(len(d.lengths) for d in datasets)} episodes of {len(datasets)} datasets, "
+        f"{sum(source.rows for source in data.train)} rows to train{cached}; batch {config.data.batch_size}; mesh "
+        f"{dict(mesh.shape)} on {jax.devices()[0].device_kind}; compute {model.config.dtype}",
         flush=True,
     )

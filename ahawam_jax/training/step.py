@@ -39,17 +39,23 @@ def pixels(images: jax.Array) -> jax.Array:
 
 
 def encode(batch: Batch, tower: VideoTower) -> Batch:
-    """Images of a batch -> latents; the keys `joint_loss` reads."""
+    """Images of a batch -> latents, the keys `joint_loss` reads; what comes as latents from a cache stays."""
 
     def singles(images: jax.Array) -> jax.Array:  # [B, n, H, W, 3] -> [B, n, c, 1, h, w]
         batch, n = images.shape[:2]
         latents = tower.encode(pixels(images.reshape(-1, 1, *images.shape[2:])))
         return latents.reshape(batch, n, *latents.shape[1:])
 
-    encoded = {name: x for name, x in batch.items() if name not in ("video", "observations", "history")}
-    encoded["input_latents"] = tower.encode(pixels(batch["video"]))
-    encoded["obs_latents"] = singles(batch["observations"])
-    encoded["history_latents"] = singles(batch["history"])
+    def clip(images: jax.Array) -> jax.Array:  # [B, 1+4n, H, W, 3] -> [B, c, 1+n, h, w]
+        return tower.encode(pixels(images))
+
+    encoded = dict(batch)
+    for images, latents, by in (
+        ("video", "input_latents", clip),
+        ("observations", "obs_latents", singles),
+        ("history", "history_latents", singles),
+    ):
+        encoded[latents] = by(encoded.pop(images)) if images in batch else batch[latents].astype(jnp.float32)
     return jax.lax.stop_gradient(encoded)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.canvas import CAMERAS, compose
+from data_pipelines.canvas import CAMERAS, Canvas
 from data_pipelines.episodes import DatasetError, Episodes, open_episodes
 from data_pipelines.frame_cache import open_frames
 from data_pipelines.lerobot import LeRobotV21, LeRobotV30
@@ -55,20 +55,20 @@ def test_interface_is_complete(opened: tuple[type, Episodes]) -> None:
 def test_cache_is_built_by_other_processes(opened: tuple[type, Episodes], tmp_path: Path) -> None:
     """A worker is told the folder alone, and opens it in the right format."""
     kind, dataset = opened
-    frames = open_frames(dataset, HEAD, tmp_path, processes=2 if kind is RobotwinClassic else 1)
+    frames = open_frames(dataset, Canvas(HEAD), tmp_path, processes=2 if kind is RobotwinClassic else 1)
     for episode in range(len(dataset.lengths)):
         rows = range(dataset.lengths[episode])
         views = {camera: dataset.frames(episode, camera, rows) for camera in CAMERAS}
         here = slice(dataset.starts[episode], dataset.starts[episode] + len(rows))
-        np.testing.assert_array_equal(frames[here], compose(views, HEAD))
+        np.testing.assert_array_equal(frames[here], Canvas(HEAD).compose(views))
 
 
 def test_cache_notices_a_changed_recording(tmp_path: Path) -> None:
     root = robotwin.write_xpolicylab(tmp_path / "data")
-    open_frames(open_episodes(root), HEAD, tmp_path / "cache")
+    open_frames(open_episodes(root), Canvas(HEAD), tmp_path / "cache")
     with robotwin.h5py.File(robotwin.episode_path(root, 1), "a") as file:
         file["note"] = np.zeros(1000)
-    open_frames(open_episodes(root), HEAD, tmp_path / "cache")
+    open_frames(open_episodes(root), Canvas(HEAD), tmp_path / "cache")
     assert len(list((tmp_path / "cache").glob("frames-*/key.json"))) == 2
 
 

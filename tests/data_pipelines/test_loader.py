@@ -302,7 +302,7 @@ def test_sources_that_do_not_fit_together(source: Source) -> None:
     for other, words in (
         (with_dataset(state_dim=6), "has states of width 6, .* of 5: one batch cannot hold both"),
         (with_dataset(action_dim=4), "has actions of width 4, .* of 3"),
-        (replace(source, frames=wide), r"has canvases of shape \(2, 4, 3\), .* of \(2, 2, 3\)"),
+        (replace(source, frames=wide), r"has pictures of shape \[\(2, 4, 3\)\], .* of \[\(2, 2, 3\)\]"),
         (replace(source, weight=0.0), "weight 0.0; a weight must be positive"),
         (replace(source, weight=float("nan")), "weight nan"),
     ):

@@ -1,11 +1,16 @@
 """Frames by number, whatever the codec and however far apart the key frames."""
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from av.container import InputContainer, OutputContainer
 
+from data_pipelines import video as video_module
 from data_pipelines.video import SEEK_GAP, VideoError, decode_frames
 from tests.data_pipelines import tiny_dataset as tiny
 
@@ -80,3 +85,123 @@ def test_file_without_pictures(tmp_path: Path) -> None:
         container.mux(stream.encode(None))
     with pytest.raises(VideoError, match="no video stream"):
         numbers_of(path, [0])
+
+
+# ---------------------------------------------------------------- videos kept open
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> video_module._Idle:
+    """Nothing kept open by other tests."""
+    idle = video_module._Idle()
+    monkeypatch.setattr(video_module, "_idle", idle)
+    return idle
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[InputContainer]:
+    """All containers that are opened for reading, in order."""
+    opened, open_container = [], av.open
+
+    def noting(*arguments: object, **options: object) -> InputContainer | OutputContainer:
+        container = open_container(*arguments, **options)
+        if isinstance(container, InputContainer):
+            opened.append(container)
+        return container
+
+    monkeypatch.setattr(av, "open", noting)
+    return opened
+
+
+def clip(path: Path, first: int = 0) -> Path:
+    tiny.write_video(path, [tiny.picture(first + number, SIZE) for number in range(5)])
+    return path
+
+
+def is_open(container: InputContainer) -> bool:
+    try:
+        container.seek(0)
+    except AssertionError:  # PyAV's answer for a closed one
+        return False
+    return True
+
+
+def test_reused_video_gives_the_same_pixels(video: Path, idle: video_module._Idle, opened: list) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        numbers = np.unique(rng.integers(FRAMES, size=6))
+        first, again = np.empty((2, len(numbers), *SIZE, 3), np.uint8)
+        decode_frames(video, numbers, tiny.FPS, again)
+        idle.__init__()  # forgets what is open
+        decode_frames(video, numbers, tiny.FPS, first)
+        decode_frames(video, np.array([FRAMES - 1]), tiny.FPS, np.empty((1, *SIZE, 3), np.uint8))  # runs to the end
+        np.testing.assert_array_equal(again, first)
+    assert len(opened) == 9
+
+
+def test_replaced_file_is_noticed(tmp_path: Path, idle: video_module._Idle, opened: list) -> None:
+    path = clip(tmp_path / "clip.mp4")
+    assert numbers_of(path, [3]) == numbers_of(path, [3]) == [3] and len(opened) == 1
+    clip(tmp_path / "other.mp4", 10).rename(path)
+    assert numbers_of(path, [3]) == [13]
+    path.write_bytes(clip(tmp_path / "other.mp4", 20).read_bytes())  # in place
+    assert numbers_of(path, [3]) == [23]
+    assert [is_open(container) for container in opened] == [False, False, True]
+
+
+def test_few_videos_are_kept_open(
+    tmp_path: Path, idle: video_module._Idle, opened: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video_module, "KEEP", 2)
+    paths = [clip(tmp_path / f"{number}.mp4", number) for number in range(3)]
+    for place in (0, 1, 0, 2, 0, 1):  # file 1 is the one idle for longest when file 2 comes
+        assert numbers_of(paths[place], [1]) == [place + 1]
+    assert [Path(container.name).stem for container in opened] == ["0", "1", "2", "1"]
+    assert [is_open(container) for container in opened] == [True, False, False, True]
+
+
+def test_faulty_video_is_closed(tmp_path: Path, idle: video_module._Idle, opened: list) -> None:
+    path = clip(tmp_path / "clip.mp4")
+    for _ in range(2):
+        with pytest.raises(VideoError, match="ends before frame 7"):
+            numbers_of(path, [7])
+    assert [is_open(container) for container in opened] == [False, False]
+
+
+def test_file_that_is_gone(tmp_path: Path, idle: video_module._Idle) -> None:
+    path = clip(tmp_path / "clip.mp4")
+    assert numbers_of(path, [0]) == [0]
+    path.unlink()
+    with pytest.raises(VideoError, match="No such file"):
+        numbers_of(path, [0])
+
+
+def test_threads_do_not_meet(tmp_path: Path, idle: video_module._Idle) -> None:
+    paths = [clip(tmp_path / f"{number}.mp4", 5 * number) for number in range(2)]
+    wanted = [(int(file), int(frame)) for file, frame in np.random.default_rng(0).integers((2, 5), size=(200, 2))]
+
+    def read(place: tuple[int, int]) -> int:
+        return numbers_of(paths[place[0]], [place[1]])[0]
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(read, wanted)) == [5 * file + frame for file, frame in wanted]
+
+
+def test_taken_video_is_nobody_elses(tmp_path: Path, idle: video_module._Idle) -> None:
+    path = clip(tmp_path / "clip.mp4")
+    numbers_of(path, [0])
+    assert idle.take(str(path)) is not None and idle.take(str(path)) is None
+
+
+FORK = """
+import os, pathlib, sys, numpy, data_pipelines.video as video
+video.decode_frames(pathlib.Path(sys.argv[1]), numpy.array([0]), float(sys.argv[2]), numpy.empty((1, 64, 96, 3), "u1"))
+child = os.fork()
+if not child:
+    os._exit(len(video._idle._videos))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(video._idle._videos))
+"""
+
+
+def test_forked_process_opens_its_own(tmp_path: Path) -> None:
+    """Both would move the one position of a file they share. In a process apart, which has no other threads."""
+    command = [sys.executable, "-c", FORK, str(clip(tmp_path / "clip.mp4")), str(tiny.FPS)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["0", "1"]

@@ -14,10 +14,14 @@ from ml_collections import ConfigDict
 
 from ahawam_jax.inference.policy import Policy
 from ahawam_jax.training.loop import train
+from data_pipelines.robocoin import LAYOUTS, load_subset, open_subset
+from data_pipelines.statistics import compute_by_robot
 from tests.conftest import QUICK_COMPILE, REPOSITORY
 from tests.data_pipelines import tiny_dataset
+from tests.data_pipelines import tiny_robocoin as coin
 from tests.tiny_config import get_config
 
+SIX = "two_6dof_arms"
 STEPS = 60
 LENGTH = (f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=10")
 
@@ -161,6 +165,67 @@ def test_dataset_without_a_camera(config: ConfigDict, tmp_path: Path) -> None:
     (root / "meta/info.json").write_text(json.dumps(info))
     config.data.path = str(root)
     with pytest.raises(ValueError, match="cam_left_wrist"):
+        train(config, tmp_path / "run")
+
+
+def test_a_head_camera_alone(config: ConfigDict, tmp_path: Path) -> None:
+    """Single-view robots: the same dataset trains and deploys without its wrists."""
+    root = tiny_dataset.write_dataset(tmp_path / "dataset")
+    info = json.loads((root / "meta/info.json").read_text())
+    for camera in ("cam_left_wrist", "cam_right_wrist"):
+        del info["features"][f"observation.images.{camera}"]
+    (root / "meta/info.json").write_text(json.dumps(info))
+    config.data.update(path=str(root), single_view=True)
+    config.train.steps = 1
+    assert np.isfinite(train(config, tmp_path / "run"))
+    policy = Policy.load(tmp_path / "run")
+    state = policy.start(["open the drawer"])
+    actions, _ = policy({"cam_high": np.zeros((1, 32, 48, 3), np.uint8)}, np.zeros((1, 5)), state)
+    assert actions.shape == (1, 4, 3)
+
+
+def subset(tmp_path: Path, *robots: str, **more: str) -> Path:
+    """A subset file of RoboCOIN datasets, one per robot name, the last with if_unmappable = skip."""
+    text = ""
+    for number, robot in enumerate(robots):
+        coin.write_robocoin(tmp_path / f"set{number}", coin.GRIPPERS_LAST if number % 2 else LAYOUTS[SIX].names)
+        text += f'[[dataset]]\nname = "set{number}"\npath = "set{number}"\nweight = {1 + number}\n'
+        text += f'robot = "{robot}"\nlayout = "{SIX}"\n'
+    text += "".join(f'[[dataset]]\nname = "{name}"\n{lines}' for name, lines in more.items())
+    (tmp_path / "subset.toml").write_text(text)
+    return tmp_path / "subset.toml"
+
+
+def test_a_mixture_of_robots(config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """From a subset file: statistics by robot, held-out episodes of each, one that does not fit skipped."""
+    seven = 'path = "set0"\nweight = 1\nrobot = "c"\nlayout = "two_7dof_arms"\nif_unmappable = "skip"\n'
+    config.data.path = str(subset(tmp_path, "a", "b", "b", unfit=seven))
+    config.model.update(action_dim=14, state_dim=14)
+    config.train.steps = 1
+    assert np.isfinite(train(config, tmp_path / "run"))
+    out = capsys.readouterr().out
+    assert "skipping unfit: " in out and "lacks left_arm_joint_7_rad" in out and "9 episodes of 3 datasets" in out
+    with pytest.raises(ValueError, match="statistics of the robots 'a', 'b', none was chosen; name one of them"):
+        Policy.load(tmp_path / "run")
+    with pytest.raises(ValueError, match="not of 'c'"):
+        Policy.load(tmp_path / "run", "c")
+    opened, _ = open_subset(load_subset(config.data.path))
+    expected = compute_by_robot(opened.values())
+    for robot in "ab":
+        policy = Policy.load(tmp_path / "run", robot)
+        for kind in ("state", "action"):
+            for name, values in policy.statistics[kind].items():
+                np.testing.assert_array_equal(values, expected[robot][kind][name])
+    # Frames cached for a mapped dataset are those of its own cameras.
+    assert config.data.cache and len(list(Path(config.data.cache).glob("frames-*/frames.bin"))) >= 2
+
+
+def test_a_mixture_that_skips_everything(config: ConfigDict, tmp_path: Path) -> None:
+    seven = 'path = "set0"\nweight = 1\nrobot = "c"\nlayout = "two_7dof_arms"\nif_unmappable = "skip"\n'
+    path = subset(tmp_path, "a", unfit=seven)
+    path.write_text(path.read_text().split("[[dataset]]")[-1].join(["[[dataset]]", ""]))
+    config.data.path = str(path)
+    with pytest.raises(ValueError, match="every dataset was skipped"):
         train(config, tmp_path / "run")
 
 
