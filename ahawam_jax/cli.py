@@ -1,5 +1,6 @@
 """What the commands share: flags whose mistakes are sentences, and a progress line."""
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +33,14 @@ def run(main: Callable[[list[str]], None]) -> None:
 
     logging.set_verbosity(logging.ERROR)  # orbax reports every file it writes
     app.run(main, flags_parser=parse)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Which part of a job's work, out of how many: "2/8" -> (2, 8). Anything else is a ValueError."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise ValueError(f"--shard is {text!r}, expected I/N with I from 0 to N-1, as in 0/8.")
+    return int(match[1]), int(match[2])
 
 
 class Progress:

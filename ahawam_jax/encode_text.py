@@ -2,7 +2,8 @@
 
 Collects the distinct instructions of datasets (or takes them from the command line), puts each into the
 release's prompt and writes one file per prompt to the cache folder. What is there already is kept, so a run that
-was stopped goes on where it ended. Runs on all devices of this machine; the weights are spread over them.
+was stopped goes on where it ended, and several jobs share the work: --shard 0/8 .. --shard 7/8. Runs on all devices of
+this machine; the weights are spread over them.
 
 The weights are Wan2.2's models_t5_umt5-xxl-enc-bf16.pth or the folder of transformers' google/umt5-xxl encoder, the
 tokenizer is the tokenizer.json of google/umt5-xxl.
@@ -32,17 +33,20 @@ Loader = Callable[[Mesh], tuple[TextEncoderConfig, Any]]
 
 
 def encode_prompts(
-    prompts: Iterable[str], folder: str | Path, tokenizer: Tokenizer, load: Loader, mesh: Mesh, batch: int = 16
-) -> int:
-    """Writes the text tokens of every prompt that the folder does not have yet; returns how many it wrote.
+    prompts: Iterable[str], folder: str | Path, tokenizer: Tokenizer, load: Loader, mesh: Mesh, batch: int = 16,
+    shard: str = "0/1",
+) -> int:  # fmt: skip
+    """Writes the text tokens of every prompt of this shard that the folder does not have yet; returns their number.
 
     Args:
       prompts: full prompts; repeated ones count once.
       load: called with the mesh if there is something to do, returns the encoder's config and parameters.
       batch: prompts encoded at once, rounded up to a multiple of the devices.
+      shard: which of the prompts are this job's, "I/N".
     Raises ValueError if the folder belongs to another encoder, or the tokenizer does not fit the encoder.
     """
-    distinct = list(dict.fromkeys(prompts))
+    part, parts = cli.parse_shard(shard)
+    distinct = list(dict.fromkeys(prompts))[part::parts]
     todo = [text for text in distinct if not entry_path(folder, text, tokenizer.length).is_file()]
     print(f"{len(distinct)} distinct prompts, {len(distinct) - len(todo)} of them in {folder} already")
     if not todo:
@@ -106,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TASK", help="single instructions, each in quotes")
     parser.add_argument("--length", type=int, default=128, help="tokens per prompt (default 128, the release's)")
     parser.add_argument("--batch", type=int, default=16, help="prompts encoded at once (default 16)")
+    parser.add_argument("--shard", default="0/1", help="which part of the prompts this job encodes, I/N (default all)")
     options = parser.parse_args(argv)
     if not options.dataset and not options.prompt:
         parser.error("nothing to encode: give --dataset, --prompt or both")
@@ -119,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = Tokenizer(options.tokenizer, options.length)
         mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
         load = functools.partial(load_text_encoder, options.weights)
-        encode_prompts(prompts, options.cache, tokenizer, load, mesh, options.batch)
+        encode_prompts(prompts, options.cache, tokenizer, load, mesh, options.batch, options.shard)
     except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

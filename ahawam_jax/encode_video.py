@@ -7,7 +7,6 @@ several jobs share the work: --shard=0/8 .. --shard=7/8. Each uses all devices o
 """
 
 import dataclasses
-import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -68,7 +67,7 @@ def encode_video(config: ConfigDict, shard: str = "0/1", batch: int = 8, estimat
 
     Raises ValueError, in sentences, for what does not fit, is damaged or finds no room.
     """
-    part, parts = parse_shard(shard)
+    part, parts = cli.parse_shard(shard)
     if not config.data.latents:
         raise ValueError("config.data.latents is empty; give the folder to write to, --config.data.latents=DIR.")
     model = ModelConfig.create(config.model)
@@ -135,14 +134,6 @@ class Work:
                 folder.write(self.rows, (x[:, 0] for x in latents(lambda rows: rows[:, None])))
             else:
                 folder.write(self.rows, (x[:, 1:] for x in latents(partial(video_rows, windows, self.dataset))))
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """"2/8" -> (2, 8)."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not int(match[1]) < int(match[2]):
-        raise ValueError(f"--shard is {text!r}, expected I/N with I from 0 to N-1, as in 0/8.")
-    return int(match[1]), int(match[2])
 
 
 def print_estimate(

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import html
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,7 @@ def claim(folder: str | Path, mark: Mapping[str, str]) -> None:
             "read, not extended: write to another folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
+    temporary = path.with_suffix(f".partial-{os.getpid()}")  # several jobs may start at once
     temporary.write_text(json.dumps(dict(mark), indent=1))
     temporary.replace(path)
 

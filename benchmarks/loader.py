@@ -11,7 +11,9 @@ draw random windows of the same two datasets and have the same number of threads
 - decode through: an open and seek for every camera, then all frames up to the last one wanted, as `lerobot` does
   with PyAV;
 - decoding: the loader on `DecodingFrames`, which decodes for every batch anew;
-- frame cache: the loader on `open_frames`, decoded once, then a memory map.
+- frame cache: the loader on `open_frames`, decoded once, then a memory map;
+- latent cache: the loader on latents of frames and clips, 48 channels of 24x20 in float16, checked as they are read;
+  their numbers are random, which changes nothing here. The step it feeds needs no VAE either.
 
 The first two are what a user has without this loader: they open files anew, convert colours with PyAV's defaults
 and resize picture by picture with Pillow; nothing in our decoding or composing makes them faster or slower. The
@@ -39,7 +41,8 @@ from PIL import Image
 
 from data_pipelines.canvas import CAMERAS, Canvas
 from data_pipelines.episodes import open_episodes
-from data_pipelines.frame_cache import DecodingFrames, Frames, open_frames
+from data_pipelines.frame_cache import DecodingFrames, open_frames
+from data_pipelines.latent_cache import CachedLatents, LatentFolder, Latents
 from data_pipelines.lerobot import IMAGE_PREFIX, LeRobot
 from data_pipelines.lerobot_writer import EncodedVideo, LeRobotWriter
 from data_pipelines.loader import THREADS, Source, make_loader
@@ -128,17 +131,29 @@ def plain(read: Callable[[Path, list[int]], np.ndarray], dataset: LeRobot, cache
     return (1 for _ in windows.to_iter_dataset(grain.ReadOptions(THREADS, THREADS)))
 
 
-def loader(frames: Frames, dataset: LeRobot) -> Iterator[int]:
-    batches = make_loader([Source(dataset, frames, None)], WINDOW, BATCH, seed=0)
-    return (len(batch["video"]) for batch in batches)
+def loader(source: Source) -> Iterator[int]:
+    return (len(batch["action"]) for batch in make_loader([source], WINDOW, BATCH, seed=0))
 
 
 def decoding(dataset: LeRobot, cache: Path) -> Iterator[int]:
-    return loader(DecodingFrames(dataset, Canvas(HEAD_SIZE)), dataset)
+    return loader(Source(dataset, DecodingFrames(dataset, Canvas(HEAD_SIZE)), None))
 
 
 def frame_cache(dataset: LeRobot, cache: Path) -> Iterator[int]:
-    return loader(open_frames(dataset, Canvas(HEAD_SIZE), cache), dataset)
+    return loader(Source(dataset, open_frames(dataset, Canvas(HEAD_SIZE), cache), None))
+
+
+def latent_cache(dataset: LeRobot, cache: Path) -> Iterator[int]:
+    height, width = (size // 16 for size in Canvas(HEAD_SIZE).size)
+    rows, shape = int(dataset.lengths.sum()), (48, height, width)
+    rng = np.random.default_rng(0)
+    latents = []
+    for kind, of_row in (("frames", shape), ("clips", ((WINDOW.video_frames - 1) // 4, *shape))):
+        folder = LatentFolder.inside(cache, kind, {"dataset": dataset.identity()}, rows, of_row)
+        for part in folder.missing():
+            folder.write(part, (rng.standard_normal((1, *of_row), np.float32) for _ in part))
+        latents.append(Latents(folder))
+    return loader(Source(dataset, None, None, latents=CachedLatents(*latents)))
 
 
 # Each reads the dataset without end, with `cache` as the folder for what it keeps, and says each time how many
@@ -147,6 +162,7 @@ BASELINES = {"seek per frame": partial(plain, seek_per_frame), "decode through":
 WAYS: dict[str, Callable[[LeRobot, Path], Iterator[int]]] = BASELINES | {
     "decoding": decoding,
     "frame cache": frame_cache,
+    "latent cache": latent_cache,
 }
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ahawam_jax.encode_video import encode_video, parse_shard
+from ahawam_jax.cli import parse_shard
+from ahawam_jax.encode_video import encode_video
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.models.towers import BlockTransform
 from ahawam_jax.towers import build_text_tower

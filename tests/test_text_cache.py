@@ -217,6 +217,17 @@ def test_devices_batches_and_neighbours_change_nothing(cache: Path, tokenizer: T
         assert_close(a, b, 2**-8)
 
 
+def test_jobs_share_the_prompts(cache: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    prompts = [prompt(f"pick the cube {i}") for i in range(7)]
+    long = Tokenizer(tmp_path / "tokenizer", 80)
+    counts = [encode_prompts(prompts, cache, long, Loader(), mesh(1), 4, f"{part}/3") for part in (2, 0, 1)]
+    assert counts == [2, 3, 2]
+    encode_prompts(prompts, tmp_path / "alone", long, Loader(), mesh(1), 4)
+    assert files(cache).keys() == files(tmp_path / "alone").keys()
+    with pytest.raises(ValueError, match="--shard is '3/3', expected I/N"):
+        encode_prompts(prompts, cache, long, Loader(), mesh(1), 4, "3/3")
+
+
 def test_activations_are_laid_out_by_the_mesh(cache: Path, tokenizer: Tokenizer, monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(

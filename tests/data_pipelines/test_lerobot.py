@@ -1,7 +1,9 @@
 """The LeRobot readers: right rows and frames."""
 
 import json
+import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines.episodes import DatasetError
+from data_pipelines import reader
+from data_pipelines.episodes import DatasetError, open_episodes
 from data_pipelines.lerobot import open_lerobot
 from tests.data_pipelines import tiny_dataset as tiny
 
@@ -144,3 +147,49 @@ def test_rows_may_be_lists_of_any_kind(changed: Path) -> None:
     for kind in (pa.list_(pa.float32()), pa.large_list(pa.float64())):
         tiny.change_column(path, "observation.state", lambda values, kind=kind: pa.array(values, kind))
         np.testing.assert_array_equal(open_lerobot(changed).states(1), expected)
+
+
+# ---------------------------------------------------------------- rows in memory
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_rows_kept_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """The episode used last stays, the one not used for longest goes and is read again."""
+    monkeypatch.setattr(reader, "ROWS_KEPT", tiny.LENGTHS[0] + tiny.LENGTHS[2])
+    dataset = open_episodes(tiny.write_dataset(tmp_path / "set", version))
+    read = []
+    original = type(dataset)._read_rows
+    monkeypatch.setattr(type(dataset), "_read_rows", lambda self, e: (read.append(e), original(self, e))[1])
+    for episode in (0, 1, 0, 2, 0, 1):  # 2 pushes 1 out, not 0
+        assert len(dataset.states(episode)) == tiny.LENGTHS[episode]
+    assert read == [0, 1, 2, 1]
+    with ThreadPoolExecutor(8) as pool:
+        states = list(pool.map(dataset.states, [0, 1, 2] * 40))
+    for place, rows in enumerate(states):
+        np.testing.assert_array_equal(rows, states[place % 3])
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_a_dataset_goes_to_another_process(tmp_path: Path, version: str) -> None:
+    dataset = open_episodes(tiny.write_dataset(tmp_path / "set", version))
+    dataset.states(1)
+    content = pickle.dumps(dataset)
+    assert len(content) < 5000  # no rows
+    copy = pickle.loads(content)
+    np.testing.assert_array_equal(copy.actions(1), dataset.actions(1))
+    np.testing.assert_array_equal(copy.frames(2, "cam_high", [3]), dataset.frames(2, "cam_high", [3]))
+
+
+def test_identity_tells_recordings_apart(tmp_path: Path) -> None:
+    root = tiny.write_dataset(tmp_path / "set", "v2.1")
+    seen = {open_episodes(root).identity()}
+    copy = shutil.copytree(root, tmp_path / "copy")
+    assert open_episodes(copy).identity() in seen
+    video = tiny.video_path(copy, "cam_high", 1)
+    content = bytearray(video.read_bytes())
+    content[-100] ^= 1  # in the table of frames, the size as before
+    video.write_bytes(content)
+    seen.add(open_episodes(copy).identity())
+    tiny.change_info(copy, robot_type="other")
+    seen.add(open_episodes(copy).identity())
+    assert len(seen) == 3
+    tiny.data_path(copy, 0).touch()  # rows decide no picture
+    assert open_episodes(copy).identity() in seen

@@ -13,7 +13,10 @@ import pytest
 pytest.importorskip("apache_beam")
 tfds = pytest.importorskip("tensorflow_datasets")
 
-from data_pipelines.episodes import DatasetError  # noqa: E402
+from data_pipelines.episodes import (
+    DatasetError,  # noqa: E402
+    open_episodes,
+)
 from data_pipelines.robocoin import LAYOUTS, Entry, open_robocoin, subtasks  # noqa: E402
 from data_pipelines.tfds import layout  # noqa: E402
 from data_pipelines.tfds.__main__ import main  # noqa: E402
@@ -71,6 +74,13 @@ def test_read_by_tfds(whole: Path, entry: Entry) -> None:
         for view, pictures in example["images"].items():
             np.testing.assert_array_equal(np.stack(pictures), source.frames(e, view, range(length)))
     assert "tensorflow" not in sys.modules
+
+
+def test_identity_of_a_converted_dataset(whole: Path, broken: Path) -> None:
+    assert open_episodes(whole).identity() == open_episodes(broken).identity()
+    path = next(broken.glob("*.array_record-*"))
+    path.write_bytes(path.read_bytes()[:-8] + b"12345678")
+    assert open_episodes(whole).identity() != open_episodes(broken).identity()
 
 
 def test_metadata_of_the_embodiment(whole: Path) -> None:
