@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from ahawam_jax import cli
 from ahawam_jax.latents import LatentFolders, latent_folders, make_canvas, make_windows
-from ahawam_jax.models.config import ModelConfig
+from ahawam_jax.models.config import FRAMES_PER_LATENT, ModelConfig
 from ahawam_jax.towers import VideoTower, build_video_tower
 from ahawam_jax.training.data import open_frames_of
 from ahawam_jax.training.sharding import batch_sharding, make_mesh, put_batch, replicated
@@ -58,8 +58,14 @@ class Encoder:
 
     def flops(self, frames: int, canvas: tuple[int, ...]) -> float:
         """Floating point operations for a video of `frames` canvases [H, W, 3]."""
-        shape = jax.ShapeDtypeStruct((1, frames, *canvas), np.uint8)
-        return float(jax.jit(lambda t, x: t.encode(pixels(x))).lower(self._tower, shape).cost_analysis()["flops"])
+
+        def counted(frames: int) -> float:
+            shape = jax.ShapeDtypeStruct((1, frames, *canvas), np.uint8)
+            return jax.jit(lambda t, x: t.encode(pixels(x))).lower(self._tower, shape).cost_analysis()["flops"]
+
+        # XLA counts the body of a loop once, and long videos are encoded in a loop over latents.
+        first, later = counted(1), counted(1 + FRAMES_PER_LATENT)
+        return first + (frames - 1) / FRAMES_PER_LATENT * (later - first)
 
 
 def encode_video(config: ConfigDict, shard: str = "0/1", batch: int = 8, estimate_only: bool = False) -> None:

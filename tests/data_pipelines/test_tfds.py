@@ -13,10 +13,7 @@ import pytest
 pytest.importorskip("apache_beam")
 tfds = pytest.importorskip("tensorflow_datasets")
 
-from data_pipelines.episodes import (
-    DatasetError,  # noqa: E402
-    open_episodes,
-)
+from data_pipelines.episodes import DatasetError, open_episodes  # noqa: E402
 from data_pipelines.robocoin import LAYOUTS, Entry, open_robocoin, subtasks  # noqa: E402
 from data_pipelines.tfds import layout  # noqa: E402
 from data_pipelines.tfds.__main__ import main  # noqa: E402
