@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ahawam_jax.models.config import SPATIAL_STRIDE
-from ahawam_jax.models.towers import BlockTransform
+from ahawam_jax.models.towers import block_transform, spread
 from ahawam_jax.models.vae import COLOURS, LATENT_MEAN, LATENT_STD, PATCH, VaeConfig, abstract_vae_params
 from ahawam_jax.models.vae_layers import Stage
 from ahawam_jax.weights.convert import check_names
@@ -225,9 +225,7 @@ class BlockTransformEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        size = SPATIAL_STRIDE**2 * COLOURS
-        unit = np.eye(size, dtype=np.float32).reshape(size, 1, SPATIAL_STRIDE, SPATIAL_STRIDE, COLOURS)
-        matrix = np.array(BlockTransform().encode(unit)).reshape(size, -1)
+        matrix = np.float32(block_transform() / spread())
         self.register_buffer("matrix", torch.from_numpy(matrix))  # [16 * 16 * 3, 48]
 
     def forward(self, canvas: Tensor) -> Tensor:

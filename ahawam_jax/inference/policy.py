@@ -33,11 +33,14 @@ class PolicyConfig:
     memory: bool = True  # False forgets earlier frames before every refresh (ablation)
     routing: bool = True  # False hands the planner context to the executor as it is (ablation)
 
-    def check(self, model: ModelConfig) -> None:
-        """Raises ValueError if these settings ask for chunks the model was not trained on."""
+    def check(self, model: ModelConfig, late: bool = False) -> None:
+        """Raises ValueError if these settings ask for chunks the model was not trained on.
+
+        late: plans are taken up to one refresh after they were asked for.
+        """
         if not 1 <= self.execute <= model.chunk:
             raise ValueError(f"policy.execute is {self.execute}; expected 1 to {model.chunk}, the actions of a chunk.")
-        reach = (self.refresh_every - 1) * self.execute
+        reach = ((2 if late else 1) * self.refresh_every - 1) * self.execute
         if self.refresh_every < 1 or reach >= model.horizon:
             raise ValueError(
                 f"policy.refresh_every {self.refresh_every} with {self.execute} executed actions reaches {reach} "
@@ -58,6 +61,25 @@ class PolicyState:
     elapsed: int = flax.struct.field(pytree_node=False, default=0)  # actions run since the episode began
     planned_at: int = flax.struct.field(pytree_node=False, default=0)  # `elapsed` at the newest refresh
     calls: int = flax.struct.field(pytree_node=False, default=0)
+
+
+def checked_state(robot_state: np.ndarray, episodes: int, width: int) -> np.ndarray:
+    """The robot's state as float32 [B, p]. Raises ValueError for another shape, NaN or infinity."""
+    robot_state = np.asarray(robot_state, np.float32)
+    if robot_state.shape != (episodes, width) or not np.isfinite(robot_state).all():
+        raise ValueError(
+            f"robot_state has shape {robot_state.shape}; expected {(episodes, width)} finite numbers, one row per "
+            "episode of the state."
+        )
+    return robot_state
+
+
+def chunk_start(since_plan: int, chunk: int) -> int:
+    """Position of a chunk's first action, `since_plan` actions after the planner's frame.
+
+    Chunks count from that frame; a call in the midst of one belongs to it, as offsets do in training.
+    """
+    return since_plan // chunk * chunk
 
 
 def load_run(path: str | Path) -> tuple[AhaWam, Any, dict[str, Any]]:
@@ -156,12 +178,7 @@ class Policy:
         before the next call, and the state for that call.
         """
         model, cfg = self.model.config, self.config
-        robot_state = np.asarray(robot_state, np.float32)
-        if robot_state.shape != (state.text.shape[0], model.state_dim) or not np.isfinite(robot_state).all():
-            raise ValueError(
-                f"robot_state has shape {robot_state.shape}; expected {(state.text.shape[0], model.state_dim)} finite "
-                "numbers, one row per episode of the state."
-            )
+        robot_state = checked_state(robot_state, state.text.shape[0], model.state_dim)
         canvas = jnp.asarray(self.canvas.compose(images))
         if state.calls % cfg.refresh_every == 0:
             position = jnp.full(len(canvas), state.elapsed // model.video_ratio, jnp.int32)
@@ -172,12 +189,10 @@ class Policy:
                 self.params, self._video_tower, canvas, position, state.text, state.text_mask, memory
             )
             state = state.replace(context=context, memory=memory, planned_at=state.elapsed)
-        # Chunks count from the planner's frame; a call in the midst of one belongs to it, as offsets in training.
-        chunk_index = (state.elapsed - state.planned_at) // model.chunk
         actions = self._chunk(
             self.params, self._video_tower, state.context, canvas,
             normalize(robot_state, self.statistics["state"]), state.text, state.text_mask,
-            chunk_index * model.chunk, jax.random.fold_in(self._key, state.calls),
+            chunk_start(state.elapsed - state.planned_at, model.chunk), jax.random.fold_in(self._key, state.calls),
         )  # fmt: skip
         actions = denormalize(np.asarray(actions), self.statistics["action"])
         return actions, state.replace(calls=state.calls + 1, elapsed=state.elapsed + cfg.execute)

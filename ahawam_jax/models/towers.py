@@ -20,7 +20,7 @@ COLOUR_AXES = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]]) / np.sqrt([[3], [2],
 CHROMA_GAIN = 4.0  # camera images are mostly grey; this gives colour latents about the spread of the others
 
 
-def _block_transform() -> np.ndarray:
+def block_transform() -> np.ndarray:
     """Analysis matrix [16 * 16 * 3, 48]: the lowest 2-D cosine coefficients of each opponent colour."""
     n = SPATIAL_STRIDE
     k, x = np.arange(n)[:, None], np.arange(n)[None]
@@ -33,7 +33,7 @@ def _block_transform() -> np.ndarray:
     return np.stack(columns, 1)
 
 
-def _spread() -> np.ndarray:
+def spread() -> np.ndarray:
     """Typical size of each channel, [48]: natural images fall off as 1 / frequency."""
     n = SPATIAL_STRIDE
     order = sorted((v * v + u * u) for v in range(n) for u in range(n))
@@ -65,12 +65,12 @@ class BlockTransform:
         stride = SPATIAL_STRIDE
         x = x.reshape(batch, -1, height // stride, stride, width // stride, stride, 3)
         x = x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(*x.shape[:3], width // stride, -1)
-        latents = x @ jnp.asarray(_block_transform() / _spread(), jnp.float32)  # [B, F, h, w, 48]
+        latents = x @ jnp.asarray(block_transform() / spread(), jnp.float32)  # [B, F, h, w, 48]
         return latents.transpose(0, 4, 1, 2, 3)
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Latents [B, 48, F, h, w] -> frames [B, F, 16h, 16w, 3], one per latent; clipped to [-1, 1]."""
-        x = latents.transpose(0, 2, 3, 4, 1) @ jnp.asarray((_block_transform() * _spread()).T, jnp.float32)
+        x = latents.transpose(0, 2, 3, 4, 1) @ jnp.asarray((block_transform() * spread()).T, jnp.float32)
         batch, frames, rows, columns, _ = x.shape
         stride = SPATIAL_STRIDE
         x = x.reshape(batch, frames, rows, columns, stride, stride, 3).transpose(0, 1, 2, 4, 3, 5, 6)

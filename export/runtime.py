@@ -1,0 +1,302 @@
+"""Deployment core: the four graphs of a policy on one device, engine, CUDA graph or eager PyTorch, whichever works.
+
+    policy = DeployedPolicy.load("exports/robotwin", target="rtx5090d")
+    state = policy.start(["pick up the red cube ..."])
+    actions, state = policy(images, robot_state, state)
+
+The interface of `ahawam_jax.inference.policy.Policy`, so that everything that serves one serves the other, but for
+three things: one batch of episodes lives at a time, since their memory and plan stay in buffers on the device; noise
+comes from numpy; and no JAX backend is started, so the GPU is the policy's alone.
+
+Only what changes crosses the bus: a call copies canvas, state and noise to the device and the actions back; keys and
+values of the instruction are made once an episode; the plan and the memory never leave. A chunk (encode, route, all
+steps) is one CUDA graph, a refresh (encode, plan) is another on a stream of its own.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ahawam_jax.inference.policy import PolicyConfig, checked_state, chunk_start
+from ahawam_jax.latents import make_canvas
+from data_pipelines.statistics import denormalize, normalize
+from export.engines import Engine, Engines, current_gpu, open_engines
+from export.exported import Export, load_export
+from export.manifest import ExportError, read_manifest
+from export.onnx_graphs import GRAPHS, make_graphs
+from export.torch_model import remember
+
+WARM_UP = 3  # runs before a capture: libraries choose kernels and allocate in the first ones
+
+
+@dataclasses.dataclass(frozen=True)
+class DeployedState:
+    """Where a batch of episodes is; what they have seen lies in the policy's buffers."""
+
+    episode: int  # number of the `start` it comes from
+    calls: int = 0
+    elapsed: int = 0  # actions run since the episode began
+    refreshes: int = 0
+    planned_at: int = 0  # `elapsed` at the refresh whose plan is in use
+
+
+class DeployedPolicy:
+    """An export and how to run it.
+
+    backends: by graph, "engine", "CUDA graph" or "eager".
+    """
+
+    def __init__(
+        self, export: Export, policy: PolicyConfig, device: torch.device, engines: Engines | None = None,
+        wait: bool = True, say: Callable[[str], None] = print,
+    ):  # fmt: skip
+        """engines: used in place of PyTorch where they load. wait, say: as in `load`."""
+        policy.check(export.model, late=not wait)
+        self.model, self.config, self.statistics = export.model, policy, export.statistics
+        self.canvas, self.backends = make_canvas(export.config), dict.fromkeys(GRAPHS, "eager")
+        self._text_tower, self._seed, self._device = export.text_tower, export.config.seed, device
+        self._wait, self._say = wait, say
+        self._graphs = make_graphs(export)
+        self._engines = self._load_engines(engines)
+        self._planner, self._executor = export.planner, export.executor
+        for name in GRAPHS:
+            module = getattr(export, name)
+            if name in self._engines:  # it has these weights; keys and values of the text stay in PyTorch
+                for part in [part for part, _ in module.named_children() if part != "text"]:
+                    delattr(module, part)
+            module.to(device)
+        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else [None, None]
+        self._buffers: dict[str, Tensor] = {}
+        self._current = DeployedState(0)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, target: str | None = None, device: str | None = None, dtype: str | None = None,
+        wait: bool = True, say: Callable[[str], None] = print, **overrides: Any,
+    ) -> "DeployedPolicy":  # fmt: skip
+        """From a folder of `export.to_torch`.
+
+        target: use its engines for this GPU, as built by `export.to_tensorrt`; what cannot be used is said and
+        replaced by PyTorch. device: "cuda" or "cpu", by default the GPU where there is one. dtype: of the products in
+        PyTorch, by default the export's. wait: a call waits for the refresh that it starts, as in JAX; False acts on
+        the newest finished plan while the planner works. overrides: fields of PolicyConfig.
+        """
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        engines = None
+        if target is not None:
+            try:
+                engines = find_engines(Path(folder), target)
+            except ExportError as error:
+                say(f"without engines: {error}")
+        steps = overrides.get("steps")
+        if engines is not None and steps not in (None, engines.manifest["steps"]):
+            say(f"without engines: they take {engines.manifest['steps']} steps, {steps} were asked for.")
+            engines = None
+        export = load_export(folder, dtype, "cpu" if engines else where, steps)
+        policy = PolicyConfig(**{**export.config.policy.to_dict(), **overrides})
+        return cls(export, policy, where, engines, wait, say)
+
+    # ------------------------------------------------------------------------------------------------- the interface
+    def start(self, instructions: Sequence[str]) -> DeployedState:
+        """State of a batch of new episodes, one instruction each: an empty memory. Ends the batch before it."""
+        words, mask = zip(*(self._text_tower.tokens(text) for text in instructions), strict=True)
+        if not self._buffers or len(instructions) != self._batch:
+            self._allocate(len(instructions))
+        with torch.no_grad():
+            text = torch.from_numpy(np.stack(words).astype(np.float32)).to(self._device)
+            for name, module in (("planner", self._planner), ("executor", self._executor)):
+                k, v = module.text(text)
+                self._fill(f"{name}.text_k", k), self._fill(f"{name}.text_v", v)
+                self._fill(f"{name}.text_mask", torch.from_numpy(np.stack(mask)))
+        self._buffers["planner.valid"].zero_()
+        self._pending = None
+        self._current = DeployedState(self._current.episode + 1)
+        return self._current
+
+    def __call__(
+        self, images: Mapping[str, np.ndarray], robot_state: np.ndarray, state: DeployedState
+    ) -> tuple[np.ndarray, DeployedState]:
+        """One executor call, and a planner refresh where one is due.
+
+        images: uint8 [B, h, w, 3] per camera, of now. robot_state: [B, p] in the units of the recording.
+        Returns actions [B, chunk, d] in the units of the recording, of which config.execute are meant to be run before
+        the next call, and the state for that call. Raises ValueError for a state that is not the newest.
+        """
+        if state != self._current or not self._buffers:
+            raise ValueError(
+                f"The state is of call {state.calls} of batch {state.episode}, this policy is at call "
+                f"{self._current.calls} of batch {self._current.episode}: its buffers hold one batch of episodes at a "
+                "time; pass what the last call or start returned, or load a second policy."
+            )
+        robot_state = checked_state(robot_state, self._batch, self.model.state_dim)
+        canvas = torch.from_numpy(self.canvas.compose(images))
+        state = self._take_plan(state)
+        if state.calls % self.config.refresh_every == 0:
+            state = self._refresh(canvas, state)
+        self._fill("chunk.canvas", canvas)
+        self._fill("executor.state", torch.from_numpy(normalize(robot_state, self.statistics["state"])))
+        shape = (self._batch, self.model.chunk, self.model.action_dim)
+        self._fill("executor.noise", torch.from_numpy(draw_noise(self._seed, state.calls, shape)))
+        self._turn("executor", self._executor.rotary(chunk_start(state.elapsed - state.planned_at, self.model.chunk)))
+        self._act()
+        actions = denormalize(self._buffers["executor.actions"].cpu().numpy(), self.statistics["action"])
+        elapsed = state.elapsed + self.config.execute
+        self._current = dataclasses.replace(state, calls=state.calls + 1, elapsed=elapsed)
+        return actions, self._current
+
+    # ----------------------------------------------------------------------------------------------------- refreshes
+    def _refresh(self, canvas: Tensor, state: DeployedState) -> DeployedState:
+        """Starts a refresh; its plan is taken now, or by a later call where nobody waits."""
+        if self._pending is not None:  # the planner is slower than its rate: one refresh at a time
+            self._pending[1].synchronize()
+            state = self._take_plan(state)
+        self._fill("refresh.canvas", canvas)
+        frame = np.full(self._batch, state.elapsed // self.model.video_ratio)
+        self._turn("planner", self._planner.rotary(frame))
+        if not self.config.memory:
+            self._buffers["planner.valid"].zero_()
+        names = ("memory_k", "memory_v", "valid", "k", "v")
+        with self._on(self._streams[1]):
+            self._plan()
+            remember(*(self._buffers[f"planner.{name}"] for name in names), state.refreshes)
+            done = torch.cuda.Event() if self._streams[1] else None
+            if done is not None:
+                done.record()
+        self._pending = (state.elapsed, done)
+        if done is not None and (self._wait or state.refreshes == 0):
+            done.synchronize()
+        return self._take_plan(dataclasses.replace(state, refreshes=state.refreshes + 1))
+
+    def _take_plan(self, state: DeployedState) -> DeployedState:
+        """Hands a finished plan over to the router."""
+        if self._pending is None or (self._pending[1] is not None and not self._pending[1].query()):
+            return state
+        for part in "kv":
+            self._buffers[f"router.{part}"].copy_(self._buffers[f"planner.{part}"])
+        planned_at, self._pending = self._pending[0], None
+        return dataclasses.replace(state, planned_at=planned_at)
+
+    # ------------------------------------------------------------------------------------------------------- buffers
+    def _allocate(self, batch: int) -> None:
+        """Buffers for a batch of episodes, and the two functions that run on them."""
+        if self._engines and batch != 1:
+            raise ValueError(f"The engines are built for one episode at a time, {batch} were started; load the policy "
+                             "without target to run several.")  # fmt: skip
+        self._batch, self._pending = batch, None
+        buffers: dict[str, Tensor] = {}
+
+        def make(name: str, x: Tensor, batched: bool = True) -> Tensor:
+            shape = list(x.shape)
+            if batched:
+                shape[1 if x.ndim > 4 else 0] = batch  # behind the layers, where there are any
+            buffers[name] = torch.zeros(shape, dtype=x.dtype, device=self._device)
+            return buffers[name]
+
+        inputs = {name: graph.inputs for name, graph in self._graphs.items()}
+        for stage in ("chunk", "refresh"):
+            make(f"{stage}.canvas", inputs["vae"]["canvas"])
+            make(f"{stage}.latents", inputs["router"]["latents"])
+        for name in ("planner", "router", "executor"):
+            for what, x in inputs[name].items():
+                if what != "latents":
+                    make(f"{name}.{what}", x, not (name == "executor" and what in ("cos", "sin")))
+        for part in "kv":
+            make(f"planner.{part}", inputs["router"][part])
+            buffers[f"router.routed_{part}"] = buffers[f"executor.routed_{part}"]
+        make("executor.actions", inputs["executor"]["noise"])
+        buffers["planner.latents"], buffers["router.latents"] = buffers["refresh.latents"], buffers["chunk.latents"]
+        self._buffers = buffers
+        chunk = [self._stage("vae", "chunk"), self._stage("router", "router"), self._stage("executor", "executor")]
+        if not self.config.routing:
+            chunk[1] = lambda: [self._fill(f"executor.routed_{x}", buffers[f"router.{x}"]) for x in "kv"]
+        self._act = self._captured("chunk", ("vae", "router", "executor"), chunk, self._streams[0])
+        refresh = [self._stage("vae", "refresh"), self._stage("planner", "planner")]
+        self._plan = self._captured("refresh", ("planner",), refresh, self._streams[1])
+
+    def _fill(self, name: str, x: Tensor) -> None:
+        self._buffers[name].copy_(x)
+
+    def _turn(self, name: str, turn: tuple[Tensor, Tensor]) -> None:
+        """Rotary tables of a graph."""
+        for part, x in zip(("cos", "sin"), turn, strict=True):
+            self._fill(f"{name}.{part}", x)
+
+    # ------------------------------------------------------------------------------------------------------ backends
+    def _load_engines(self, engines: Engines | None) -> dict[str, Engines]:
+        """The graphs whose engine loads here; the others are said and run in PyTorch."""
+        found: dict[str, Engines] = {}
+        for name in GRAPHS if engines is not None else ():
+            try:
+                Engine(engines.library, engines.plan(name), name)
+                found[name], self.backends[name] = engines, "engine"
+            except ExportError as error:
+                self._say(f"{name} in PyTorch: {error}")
+        return found
+
+    def _stage(self, name: str, prefix: str) -> Callable[[], Any]:
+        """Runs one graph from its buffers into its buffers."""
+        graph = self._graphs[name]
+        places = {what: self._buffers[f"{prefix}.{what}"] for what in (*graph.inputs, *graph.outputs)}
+        if name in self._engines:
+            engine = Engine(self._engines[name].library, self._engines[name].plan(name), name)
+            engine.bind(**places)
+            return engine.launch
+
+        def run() -> None:
+            for what, x in graph(**{what: places[what] for what in graph.inputs}).items():
+                places[what].copy_(x)
+
+        return run
+
+    def _captured(
+        self, name: str, graphs: Sequence[str], stages: Sequence[Callable[[], Any]], stream: Any
+    ) -> Callable[[], None]:
+        """The stages as one CUDA graph, or as they are where there is no GPU or the capture fails."""
+
+        def run() -> None:
+            with torch.no_grad():
+                for stage in stages:
+                    stage()
+
+        if stream is None:
+            return run
+        try:
+            with self._on(stream):
+                for _ in range(WARM_UP):
+                    run()
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                run()
+        except (RuntimeError, ExportError) as error:
+            self._say(f"{name} without a CUDA graph: capturing it failed ({str(error).splitlines()[0]}).")
+            return run
+        self.backends |= {x: "CUDA graph" for x in graphs if x not in self._engines}
+        return graph.replay
+
+    @staticmethod
+    def _on(stream: Any) -> Any:
+        """Work on a stream that begins when what was asked for before is done."""
+        if stream is None:
+            return contextlib.nullcontext()
+        stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(stream)
+
+
+def draw_noise(seed: int, call: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Start of a chunk's denoising, float32: fresh in every call, the same in every run."""
+    return np.random.default_rng([seed, call]).standard_normal(shape, np.float32)
+
+
+def find_engines(folder: Path, target: str) -> Engines:
+    """The engines of an export for a target, on this machine's GPU. Raises ExportError where they cannot be used."""
+    gpu = current_gpu()
+    if gpu is None:
+        raise ExportError("engines run on a GPU, and PyTorch finds none; check the driver with nvidia-smi.")
+    return open_engines(folder / f"engines-{target}", read_manifest(folder)["source"]["sha256"], gpu)
