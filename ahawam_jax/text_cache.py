@@ -178,6 +178,7 @@ class CachedText:
     folder: str | Path
     dim: int  # X, the width that the model reads
     length: int
+    dtype = np.dtype(jnp.bfloat16)
 
     def tokens(self, instruction: str) -> tuple[np.ndarray, np.ndarray]:
         """One instruction -> tokens [K, X] as stored (bfloat16), zero after its last token, and mask [K] bool.

@@ -1,20 +1,21 @@
 """Policy: observation in, one chunk of actions out; the planner runs every few chunks, the router at every one."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ahawam_jax.inference import compiled
 from ahawam_jax.inference.sampling import denoise
 from ahawam_jax.latents import make_canvas
-from ahawam_jax.models.aha_wam import AhaWam, abstract_params, empty_memory
+from ahawam_jax.models.aha_wam import AhaWam, empty_memory, resident_params
 from ahawam_jax.models.config import PATCH, SPATIAL_STRIDE, ModelConfig
 from ahawam_jax.models.memory import PlannerContext, PlannerMemory
 from ahawam_jax.towers import VideoTower, build_text_tower, build_video_tower
@@ -92,7 +93,7 @@ def load_run(path: str | Path) -> tuple[AhaWam, Any, dict[str, Any]]:
     model = AhaWam(ModelConfig.create(run["config"]["model"]))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nn.unbox(abstract_params(model.config))
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), resident_params(model.config)
     )
     params = checkpoints.restore_params(step, like)
     checkpoints.close()
@@ -120,7 +121,7 @@ class Policy:
         height, width = self.canvas.size
         self._tokens = height * width // (SPATIAL_STRIDE * PATCH) ** 2
         self._key = jax.random.key(config.seed)
-        shift = config.objective.shift
+        self._shift = shift = config.objective.shift
 
         def encode(tower: VideoTower, canvas: jax.Array) -> jax.Array:  # uint8 [B, H, W, 3] -> [B, c, 1, h, w]
             return tower.encode(pixels(canvas[:, None]))
@@ -146,10 +147,13 @@ class Policy:
         self._refresh, self._chunk = refresh, chunk
 
     @classmethod
-    def load(cls, path: str | Path, robot: str | None = None, **overrides: Any) -> "Policy":
+    def load(
+        cls, path: str | Path, robot: str | None = None, compiled_in: str | Path | None = None, **overrides: Any
+    ) -> "Policy":
         """From a workdir of ahawam_jax.train or one of its checkpoint steps.
 
         robot: whose statistics to use, where the run was trained on several.
+        compiled_in: folder of `save_compiled`, whose functions are used instead of traced ones.
         overrides: fields of PolicyConfig; the rest comes from the run's config.policy.
         """
         model, params, run = load_run(path)
@@ -160,7 +164,39 @@ class Policy:
             )
         config = ConfigDict(run["config"])
         statistics = pick_robot(run["statistics"], robot)
-        return cls(model, params, config, statistics, PolicyConfig(**{**config.policy.to_dict(), **overrides}))
+        policy = cls(model, params, config, statistics, PolicyConfig(**{**config.policy.to_dict(), **overrides}))
+        if compiled_in is not None:
+            policy._load_compiled(Path(compiled_in))
+        return policy
+
+    def save_compiled(self, folder: str | Path, episodes: int = 1) -> None:
+        """Traces the policy's two functions ahead of time for so many episodes at once; see `load`."""
+        cfg, f32 = self.model.config, jnp.float32
+        text = jax.ShapeDtypeStruct((episodes, self._text_tower.length, self._text_tower.dim), self._text_tower.dtype)
+        mask = jax.ShapeDtypeStruct(text.shape[:2], bool)
+        canvas = jax.ShapeDtypeStruct((episodes, *self.canvas.size, 3), jnp.uint8)
+        weights = jax.eval_shape(lambda: (self.params, self._video_tower))
+        memory = jax.eval_shape(lambda: empty_memory(cfg, episodes, self._tokens))
+        context = jax.eval_shape(lambda memory: memory.context.frame(0), memory)
+        position, start = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((episodes,), ()))
+        states, key = jax.ShapeDtypeStruct((episodes, cfg.state_dim), f32), jax.eval_shape(lambda: self._key)
+        compiled.write(Path(folder), {
+            "refresh": (self._refresh, (*weights, canvas, position, text, mask, memory)),
+            "chunk": (self._chunk, (*weights, context, canvas, states, text, mask, start, key)),
+        }, self._about)  # fmt: skip
+
+    def _load_compiled(self, folder: Path) -> None:
+        memory = jax.eval_shape(lambda: empty_memory(self.model.config, 1, self._tokens))
+        functions = compiled.read(folder, {"refresh": (memory.context, memory), "chunk": 0}, self._about)
+        self._refresh, self._chunk = functions["refresh"], functions["chunk"]
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        """What a compiled function holds besides its arguments."""
+        fields = {"model": self.model.config, "policy": self.config, "canvas": self.canvas}
+        about = {name: json.dumps(dataclasses.asdict(x)) for name, x in fields.items()}
+        return about | {"shift": self._shift, "tower": type(self._video_tower).__name__,
+                        "platform": jax.devices()[0].platform}  # fmt: skip
 
     def start(self, instructions: Sequence[str]) -> PolicyState:
         """State of a batch of new episodes, one instruction each: an empty memory."""
@@ -189,10 +225,11 @@ class Policy:
                 self.params, self._video_tower, canvas, position, state.text, state.text_mask, memory
             )
             state = state.replace(context=context, memory=memory, planned_at=state.elapsed)
+        start = np.int32(chunk_start(state.elapsed - state.planned_at, model.chunk))
         actions = self._chunk(
             self.params, self._video_tower, state.context, canvas,
-            normalize(robot_state, self.statistics["state"]), state.text, state.text_mask,
-            chunk_start(state.elapsed - state.planned_at, model.chunk), jax.random.fold_in(self._key, state.calls),
+            normalize(robot_state, self.statistics["state"]), state.text, state.text_mask, start,
+            jax.random.fold_in(self._key, state.calls),
         )  # fmt: skip
         actions = denormalize(np.asarray(actions), self.statistics["action"])
         return actions, state.replace(calls=state.calls + 1, elapsed=state.elapsed + cfg.execute)

@@ -120,6 +120,24 @@ def abstract_params(config: ModelConfig) -> Any:
     return jax.eval_shape(lambda key: init(AhaWam(config), key), jax.ShapeDtypeStruct((2,), jnp.uint32))
 
 
+def resident_params(config: ModelConfig) -> Any:
+    """Shapes of all parameters in the dtypes in which a policy holds them.
+
+    What the model casts to config.dtype before every use lies in it, which halves the bytes read in bfloat16 and
+    changes no result. Norms, modulation, gates, time embeddings and heads stay float32.
+    """
+
+    def dtype(path: tuple[Any, ...]) -> str:
+        names = [key.key for key in path]
+        precise = "time_embedding" in names or "head" in names or any(name.endswith("norm") for name in names)
+        cast = names[-1] in ("kernel", "bias", "base_queries", "branch_embedding")
+        return config.dtype if cast and not precise else "float32"
+
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, dtype(path)), nn.unbox(abstract_params(config))
+    )
+
+
 def empty_memory(config: ModelConfig, batch: int, tokens: int) -> PlannerMemory:
     """A memory without frames, for a scene of `tokens` planner tokens a frame."""
     shape = (config.num_layers, batch, 1, tokens, config.num_heads, config.head_dim)

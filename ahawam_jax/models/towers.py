@@ -83,6 +83,7 @@ class HashedWords:
 
     dim: int
     length: int
+    dtype = np.dtype(np.float32)
 
     def tokens(self, instruction: str) -> tuple[np.ndarray, np.ndarray]:
         """One instruction -> tokens [K, X] float32, zero after the last word, and mask [K] bool.

@@ -1,0 +1,63 @@
+"""A policy's functions traced ahead of time: StableHLO in files, for one batch size and one kind of device.
+
+A process that loads them neither traces the model nor sees its Python; XLA compiles what it reads.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import export
+
+ABOUT = "about.json"
+
+
+def write(folder: Path, functions: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]], about: dict) -> None:
+    """Traces functions, each with its arguments as (trees of) ShapeDtypeStructs, for this process's first device.
+
+    about: what they belong to; `read` compares it. Written last, so that an interrupted folder is never read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ABOUT).unlink(missing_ok=True)
+    files = {}
+    for name, (function, arguments) in functions.items():
+        leaves, structure = jax.tree.flatten(arguments)
+
+        def flat(*leaves: jax.Array, function: Callable = function, structure: Any = structure) -> list[jax.Array]:
+            return jax.tree.leaves(function(*jax.tree.unflatten(structure, leaves)))
+
+        content = export.export(jax.jit(flat))(*leaves).serialize()
+        (folder / f"{name}.jaxexport").write_bytes(content)
+        files[name] = hashlib.sha256(content).hexdigest()
+    (folder / ABOUT).write_text(json.dumps({"about": about, "files": files}, indent=1))
+
+
+def read(folder: Path, results: Mapping[str, Any], about: dict) -> dict[str, Callable[..., Any]]:
+    """The functions that `write` left in a folder.
+
+    results: by name, a tree of the structure that the function returns. Raises ValueError for a folder that is not
+    whole, is damaged or belongs to something else than `about`.
+    """
+    path = folder / ABOUT
+    again = "write it again with python -m ahawam_jax.compile_policy."
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no compiled policy, {ABOUT} is missing; {again}")
+    record = json.loads(path.read_text())
+    if differing := sorted(key for key in {*record["about"], *about} if record["about"].get(key) != about.get(key)):
+        found = "; ".join(f"{key}: {record['about'].get(key)} there, {about.get(key)} here" for key in differing)
+        raise ValueError(f"{folder} was compiled for another policy ({found}); {again}")
+    functions = {}
+    for name, result in results.items():
+        content = (folder / f"{name}.jaxexport").read_bytes()
+        if hashlib.sha256(content).hexdigest() != record["files"][name]:
+            raise ValueError(f"{folder}/{name}.jaxexport is damaged or of another policy; {again}")
+        functions[name] = _call(export.deserialize(bytearray(content)), jax.tree.structure(result))
+    return functions
+
+
+def _call(exported: export.Exported, result: Any) -> Callable[..., Any]:
+    run = jax.jit(exported.call)
+    return lambda *arguments: jax.tree.unflatten(result, run(*jax.tree.leaves(arguments)))
