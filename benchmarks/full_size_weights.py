@@ -1,9 +1,10 @@
-"""A release checkpoint of the true size through import and export: is it the same, and what does it take?
+"""A release checkpoint of the true size through import and exports: is it the same, and what does it take?
 
     python -m benchmarks.full_size_weights --folder DIR
 
 Writes a random bfloat16 checkpoint in the release's layout (7,349,428,556 parameters, 13.7 GiB) to DIR, imports it to
-orbax, exports it again and compares every tensor bit for bit. Prints minutes and the peak of resident memory of every
+orbax, exports it again, compares every tensor bit for bit, and converts it for deployment (export.to_torch, with towers
+that have no weights), which compares the PyTorch twin of every layer with JAX. Prints minutes and the peak of resident memory of every
 step, each in a process of its own. DIR needs 42 GiB; what lies there from an earlier run is written again.
 """
 
@@ -29,6 +30,7 @@ from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.release import payload, release_shapes
 from ahawam_jax.weights.torch_file import write_torch
 from configs import robotwin
+from data_pipelines.statistics import save_statistics
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -44,7 +46,7 @@ class Random:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         rng = np.random.default_rng(zlib.crc32(self.name.encode()))
-        x = rng.standard_normal(self.shape, np.float32).astype(BFLOAT16)
+        x = (0.02 * rng.standard_normal(self.shape, np.float32)).astype(BFLOAT16)
         self.progress.add(self.name, x.size)
         return x
 
@@ -55,6 +57,12 @@ def write(source: Path) -> None:
     progress = cli.Progress(sum(int(np.prod(shape)) for shape in shapes.values()), "G parameters", 10**9)
     tensors = {name: Random(name, shape, progress) for name, shape in shapes.items()}
     write_torch(source, payload(tensors, {"step": 0, "torch_dtype": "torch.bfloat16"}))
+
+
+def write_statistics(path: Path) -> None:
+    """Of a robot whose numbers are normal already."""
+    one = dict.fromkeys(("mean", "min", "q01"), np.zeros(14)) | dict.fromkeys(("std", "max", "q99"), np.ones(14))
+    save_statistics({"state": one, "action": one}, path)
 
 
 def compare(source: Path, exported: Path) -> None:
@@ -87,20 +95,26 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where to write, on a disk with 42 GiB to spare")
     parser.add_argument("--only", choices=("write", "compare"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    source, workdir, exported = (options.folder / name for name in ("source.pt", "imported", "exported.pt"))
+    names = ("source.pt", "imported", "exported.pt", "deployed", "dataset_stats.json")
+    source, workdir, exported, deployed, statistics = (options.folder / name for name in names)
     if options.only:
         return write(source) if options.only == "write" else compare(source, exported)
     options.folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(workdir, ignore_errors=True)
+    for path in (workdir, deployed):
+        shutil.rmtree(path, ignore_errors=True)
+    write_statistics(statistics)
     this = ("benchmarks.full_size_weights", "--folder", str(options.folder), "--only")
     steps = [
         timed("write", *this, "write"),
         timed("inspect", "ahawam_jax.inspect", str(source), "--config=configs/robotwin.py"),
         timed("import", "ahawam_jax.import_weights", "--config=configs/robotwin.py", f"--source={source}",
-              f"--workdir={workdir}"),
+              f"--workdir={workdir}", f"--statistics={statistics}", "--config.towers.video=block_transform",
+              "--config.towers.text=hashed_words"),
         timed("export", "ahawam_jax.export_weights", str(workdir), str(exported)),
         timed("compare", *this, "compare"),
     ]  # fmt: skip
+    exported.unlink()  # its room is needed
+    steps.append(timed("to_torch", "export.to_torch", str(workdir), "--out", str(deployed)))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(
         f"\n{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}, "
