@@ -3,9 +3,10 @@
     python -m benchmarks.full_size_weights --folder DIR
 
 Writes a random bfloat16 checkpoint in the release's layout (7,349,428,556 parameters, 13.7 GiB) to DIR, imports it to
-orbax, exports it again, compares every tensor bit for bit, and converts it for deployment (export.to_torch, with towers
-that have no weights), which compares the PyTorch twin of every layer with JAX. Prints minutes and the peak of resident memory of every
-step, each in a process of its own. DIR needs 42 GiB; what lies there from an earlier run is written again.
+orbax, exports it again, compares every tensor bit for bit, and converts it for deployment (export.to_torch, with
+towers that have no weights), which compares the PyTorch twin of every layer with JAX. Prints minutes and the peak of
+resident memory of every step, each in a process of its own. DIR needs 42 GiB; what lies there from an earlier run is
+written again.
 """
 
 import argparse

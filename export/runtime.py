@@ -299,4 +299,4 @@ def find_engines(folder: Path, target: str) -> Engines:
     gpu = current_gpu()
     if gpu is None:
         raise ExportError("engines run on a GPU, and PyTorch finds none; check the driver with nvidia-smi.")
-    return open_engines(folder / f"engines-{target}", read_manifest(folder)["source"]["sha256"], gpu)
+    return open_engines(folder / f"engines-{target}", read_manifest(folder)["source"]["sha256"], gpu, hashes=False)

@@ -1,0 +1,47 @@
+"""Runs an export in closed loop in simulation and prints its success with a 95 % interval.
+
+    python -m export.evaluate exports/demo --episodes 50
+
+The deployed counterpart of `python -m ahawam_jax.evaluate`: the same seeds, the same simulation, the policy of
+`export.runtime` in PyTorch, all episodes as one batch.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from absl import logging
+
+from ahawam_jax.evaluation.rollouts import HEADER, policy_actor, roll_out
+from export.runtime import DeployedPolicy
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m export.evaluate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    logging.set_verbosity(logging.ERROR)
+    parser.add_argument("export", type=Path, help="folder of export.to_torch")
+    parser.add_argument("--task", default="transfer_cube", choices=("transfer_cube", "insertion"))
+    parser.add_argument("--episodes", type=int, default=50, help="unseen seeds 0, 1, ... (default %(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="simulation workers (default %(default)s)")
+    parser.add_argument("--steps", type=int, help="Euler steps of the executor (default: config.policy.steps)")
+    options = parser.parse_args(argv)
+    overrides = {} if options.steps is None else {"steps": options.steps}
+    try:
+        if options.episodes < 1:
+            raise ValueError(f"--episodes is {options.episodes}; expected at least 1.")
+        policy = DeployedPolicy.load(options.export, **overrides)
+        actor = policy_actor(policy, options.task, options.episodes)
+        seeds = range(options.episodes)
+        result = roll_out("deployed", options.task, seeds, actor, options.processes, None, policy.config.refresh_every)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(", ".join(f"{graph}: {backend}" for graph, backend in policy.backends.items()))
+    print(HEADER)
+    print(result.row())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
