@@ -136,7 +136,7 @@ def test_training_on_latents(config: ConfigDict, tmp_path: Path, capsys: pytest.
 def test_other_pictures_towers_and_windows_do_not_meet(config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
     encode_video(config)
     model = ModelConfig.create(config.model)
-    for section, values in (("data", {"head_size": (96, 64)}), ("model", {"video_ratio": 2, "horizon": 12})):
+    for section, values in (("data", {"head_size": (96, 64)}), ("model", {"video_ratio": 2, "horizon": 28})):
         other = config.copy_and_resolve_references()
         other[section].update(values)
         with pytest.raises(ValueError, match="holds 0 of 5 files"):
