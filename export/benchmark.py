@@ -1,0 +1,379 @@
+"""How long a chunk and a refresh take, from the released way to one CUDA graph, against the memory-bandwidth floor.
+
+    python -m export.benchmark                             # full size, random bfloat16 weights: 45 GB on the GPU
+    python -m export.benchmark exports/robotwin            # an export of export.to_torch
+    python -m export.benchmark --tiny                      # the same code on a CPU; its numbers mean nothing
+
+On a fresh GPU machine with PyTorch >= 2.11, JAX >= 0.11 and Python 3.12, from the root of the repository:
+
+    pip install "flax>=0.12,<0.13" optax orbax-checkpoint ml_collections absl-py pillow tokenizers ftfy
+    python -m export.benchmark --repeats 24 --out results.json --profile
+
+L_chunk is from what a robot sends, on the host, to actions on the host; L_prefill from latents to keys and values in
+the memory. By the paper's protocol the first of several episodes is discarded and means of episodes are averaged; p50
+and p99 are over all calls. All ways alternate, call by call. The floor of a stage is the bytes of its weights and of
+the keys and values that it touches over what a large copy moves on this device, both counted and measured here.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ahawam_jax.latents import make_canvas
+from benchmarks.machine import describe
+from export.benchmark_models import BATCH, Models, chunk_bytes, cosine, exported_models, random_models, stage_bytes
+from export.ladder import WARM_UP, Call, Captured, Chunk, Refresh, Ways
+
+CALLS, REFRESH_EVERY = 8, 2  # chunks of an episode, chunks a refresh
+TIMES_FLOOR, TIMES_FASTER = 1.6, 15  # the goals for the longest loop
+EAGER, COMPILED, GRAPH, BEST = "eager", "compiled", "CUDA graph", "compiled + CUDA graph"
+RELEASED, RELEASED_COMPILED, JAX = "released way, eager", "released way, compiled", "JAX"
+
+# Each rung is the one before with one change: its name, how it makes a chunk, and how it refreshes.
+LADDER = (
+    (RELEASED, RELEASED, RELEASED),
+    ("+ CUDA graph of the executor's loop", "loop", RELEASED),
+    ("+ CUDA graph of the router", "loop, router", RELEASED),
+    ("+ prefill compiled", "loop, router", RELEASED_COMPILED),
+    ("+ hoisting: the twin", "hoisted", f"twin, {COMPILED}"),
+    ("+ skip-copy: buffers stay on the device", "skip-copy", f"twin, {COMPILED}"),
+    ("+ VAE as 2-D convolutions", "flat VAE", f"twin, {COMPILED}"),
+    ("+ VAE in the graph: one CUDA graph a chunk", f"twin, {GRAPH}", f"twin, {COMPILED}"),
+    ("+ CUDA graph of the refresh", f"twin, {GRAPH}", f"twin, {BEST}"),
+    ("+ chunk compiled", f"twin, {BEST}", f"twin, {BEST}"),
+)
+MODES = (EAGER, COMPILED, GRAPH, BEST)
+
+
+class Latency(NamedTuple):
+    """Milliseconds."""
+
+    mean: float  # of the means of episodes
+    p50: float
+    p99: float
+
+
+def chunk_ways(ways: Ways, steps: Sequence[int]) -> dict[tuple[str, int], Chunk]:
+    """By name and number of steps; the ladder's own rungs for the longest loop."""
+    found: dict[tuple[str, int], Chunk] = {}
+    for n in steps:
+        found[RELEASED, n] = ways.released_eager(n)
+        if n == max(steps):
+            found["loop", n] = ways.graph_of_loop(n, router_too=False)
+            found["loop, router", n] = ways.graph_of_loop(n, router_too=True)
+            found["hoisted", n] = ways.hoisted(n, copies=True, flat_vae=False)
+            found["skip-copy", n] = ways.hoisted(n, copies=False, flat_vae=False)
+            found["flat VAE", n] = ways.hoisted(n, copies=False, flat_vae=True)
+        for mode in MODES:
+            found[f"twin, {mode}", n] = ways.twin(n, compiled=mode in (COMPILED, BEST), graph=mode in (GRAPH, BEST))
+    return found
+
+
+def refresh_ways(ways: Ways) -> dict[str, Refresh]:
+    """By name."""
+    found = {RELEASED: ways.released_refresh(False), RELEASED_COMPILED: ways.released_refresh(True)}
+    for mode in MODES:
+        found[f"twin, {mode}"] = ways.twin_refresh(compiled=mode in (COMPILED, BEST), graph=mode in (GRAPH, BEST))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- timing
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def milliseconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Of a call, from an idle device to an idle device."""
+    synchronize(device)
+    began = time.perf_counter()
+    run()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - began)
+
+
+def device_ms(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Median time of a call between two events on the device; on a CPU, by its clock."""
+    times = []
+    for _ in range(repeats + WARM_UP):
+        if device.type == "cuda":
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            run()
+            ended.record()
+            ended.synchronize()
+            times.append(began.elapsed_time(ended))
+        else:
+            times.append(milliseconds(run, device))
+    return float(np.median(times[WARM_UP:]))
+
+
+def copy_gb_per_s(device: torch.device, nbytes: int, repeats: int = 20) -> float:
+    """GB/s read and written by a copy on the device."""
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * nbytes / 1e6 / device_ms(lambda: target.copy_(source), repeats, device)
+
+
+def make_calls(models: Models, count: int) -> list[Call]:
+    """Random observations on the host."""
+    rng, config = np.random.default_rng(0), models.config
+    height, width = make_canvas(models.run).size
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal((BATCH, *shape), np.float32))
+
+    return [
+        Call(
+            torch.from_numpy(rng.integers(0, 256, (BATCH, height, width, 3), np.uint8)), normal(config.state_dim),
+            normal(config.chunk, config.action_dim), i % REFRESH_EVERY * config.chunk,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def measure(
+    chunks: dict[Any, Chunk], refreshes: dict[str, Refresh], calls: Sequence[Call], latents: torch.Tensor,
+    repeats: int,
+) -> tuple[dict[Any, Latency], dict[str, Latency]]:  # fmt: skip
+    """`repeats` timed chunks of every way, in episodes of len(calls), after one that is discarded."""
+    took: dict[Any, list[list[float]]] = {name: [] for name in (*chunks, *refreshes)}
+    for episode in range(1 + math.ceil(repeats / len(calls))):
+        for times in took.values():
+            times.append([])
+        for i, call in enumerate(calls):
+            if i % REFRESH_EVERY == 0:
+                for name, refresh in refreshes.items():
+                    frame = i // REFRESH_EVERY
+                    took[name][episode].append(milliseconds(lambda: refresh(latents, frame), latents.device))  # noqa: B023
+            for name, chunk in chunks.items():
+                took[name][episode].append(milliseconds(lambda: chunk(call), latents.device))  # noqa: B023
+    found = {}
+    for name, episodes in took.items():
+        flat = np.concatenate(episodes[1:])
+        means = [np.mean(times) for times in episodes[1:]]
+        found[name] = Latency(float(np.mean(means)), *np.percentile(flat, (50, 99)).tolist())
+    return {name: found[name] for name in chunks}, {name: found[name] for name in refreshes}
+
+
+def measure_stages(ways: Ways, floors: dict[str, int], bandwidth: float, repeats: int) -> list[dict[str, Any]]:
+    """Every stage by itself: what a step or a tower takes, and the rate at which it reads its bytes."""
+    device, rows = ways.models.device, []
+    for name, stage in ways.stages().items():
+        runs = {
+            RELEASED: stage.released, EAGER: stage.twin, COMPILED: stage.compiled,
+            GRAPH: Captured(stage.twin, *stage.inputs), BEST: Captured(stage.compiled, *stage.inputs),
+        }  # fmt: skip
+        took = {}
+        for way, run in runs.items():
+            inputs = () if isinstance(run, Captured) else stage.inputs
+            took[f"{way}, ms"] = device_ms(lambda: run(*inputs), repeats, device)  # noqa: B023
+        best = min(took[f"{mode}, ms"] for mode in MODES)
+        floor = floors[name] / 1e6 / bandwidth
+        rows.append({
+            "stage": name, "MB": floors[name] / 1e6, "floor, ms": floor, **took,
+            "GB/s": floors[name] / 1e6 / best, "fraction of floor": floor / best,
+        })  # fmt: skip
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+def cells(prefix: str, took: Latency, floor: float) -> dict[str, float]:
+    """Columns of one latency; floor in ms."""
+    return {
+        f"{prefix}, ms": took.mean, "p50": took.p50, "p99": took.p99, "fraction of floor": floor / took.mean,
+    }  # fmt: skip
+
+
+def tables(
+    chunks: dict[tuple[str, int], Latency], refreshes: dict[str, Latency], agreement: dict[Any, float | None],
+    floors: dict[str, int], bandwidth: float,
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """Rows of the ladder, of the modes of the refresh and of the numbers of steps."""
+    counts = sorted({n for _, n in chunks})
+    floor = {n: chunk_bytes(floors, n) / 1e6 / bandwidth for n in counts}
+    plan, last = floors["planner refresh"] / 1e6 / bandwidth, counts[-1]
+    ladder = [
+        {
+            "rung": rung, **cells("L_chunk", chunks[way, last], floor[last]),
+            "times faster": chunks[RELEASED, last].mean / chunks[way, last].mean,
+            "L_prefill, ms": refreshes[refresh].mean, "prefill p50": refreshes[refresh].p50,
+            "prefill p99": refreshes[refresh].p99, "cosine": agreement[way, last],
+        }
+        for rung, way, refresh in LADDER
+    ]  # fmt: skip
+    modes = [
+        {"way": way, **cells("L_prefill", took, plan), "cosine": agreement[way]} for way, took in refreshes.items()
+    ]
+    rungs = {way for _, way, _ in LADDER} - {RELEASED} - {f"twin, {mode}" for mode in MODES}
+    steps = [
+        {
+            "way": way, "steps": n, **cells("L_chunk", took, floor[n]),
+            "times faster": chunks[RELEASED, n].mean / took.mean, "cosine": agreement[way, n],
+        }
+        for (way, n), took in sorted(chunks.items(), key=lambda item: item[0][1]) if way not in rungs
+    ]  # fmt: skip
+    return {"ladder": ladder, "refresh": modes, "steps": steps}
+
+
+def written(value: Any) -> str:
+    """A cell."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+    return str(value)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([written(x) for x in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def goals(rows: Sequence[dict[str, Any]], steps: int) -> list[str]:
+    """What the last rung reached, beside what was asked for."""
+    last = rows[-1]
+    reached = (
+        (f"{1 / last['fraction of floor']:.2f}x the floor", f"<= {TIMES_FLOOR}x",
+         last["fraction of floor"] >= 1 / TIMES_FLOOR),
+        (f"{last['times faster']:.1f}x faster than the released way in eager PyTorch", f">= {TIMES_FASTER}x",
+         last["times faster"] >= TIMES_FASTER),
+    )  # fmt: skip
+    verdict = {True: "met", False: "missed"}
+    return [f"chunk of {steps} steps: {what}, goal {goal}: {verdict[met]}" for what, goal, met in reached]
+
+
+def profile(name: str, run: Callable[[], Any], device: torch.device, rows: int = 25) -> str:
+    """The kernels (on a CPU, operators) in which one call spends its time."""
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity
+    run()
+    with torch.profiler.profile(activities=[activity.CUDA] if on_gpu else [activity.CPU]) as recorded:
+        run()
+        synchronize(device)
+    column = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = [event for event in recorded.key_averages() if getattr(event, column) > 0]
+    events.sort(key=lambda event: -getattr(event, column))
+    total = sum(getattr(event, column) for event in events)
+    table = [
+        {"kernel": event.key[:90], "calls": event.count, "us": float(getattr(event, column)),
+         "share": getattr(event, column) / total}
+        for event in events[:rows]
+    ]  # fmt: skip
+    return f"\n### Profile of {name}: {total / 1e3:.2f} ms in {sum(e.count for e in events)} calls\n{markdown(table)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+def benchmark(models: Models, mode: str, repeats: int, with_jax: bool, profiled: bool) -> dict[str, Any]:
+    """Measures everything, printing tables as they are made; the record of the run."""
+    device, steps, on_gpu = models.device, sorted(models.executors), models.device.type == "cuda"
+    if on_gpu:
+        torch.backends.cudnn.benchmark = True  # for all ways alike
+    bandwidth, floors = copy_gb_per_s(device, 2**31 if on_gpu else 2**24), stage_bytes(models)
+    calls = make_calls(models, min(CALLS, repeats))
+    ways = Ways(models, calls[0], mode, "inductor" if on_gpu else "eager")
+    chunks, refreshes = chunk_ways(ways, steps), refresh_ways(ways)
+    print(f"copy {bandwidth:,.1f} GB/s read and written; {sum(floors.values()) / 1e9:.3f} GB of weights and context\n")
+
+    latents = ways.latents.float()
+    agreement: dict[Any, float | None] = {}
+    want = {n: chunks[RELEASED, n](calls[-1]) for n in steps}
+    for (way, n), chunk in chunks.items():
+        agreement[way, n] = cosine(chunk(calls[-1]), want[n])
+    want_plan = refreshes[RELEASED](latents, 0)
+    for way, refresh in refreshes.items():
+        agreement[way] = 1.0 if way == RELEASED else cosine(refresh(latents, 0), want_plan)
+    if with_jax:
+        from export.benchmark_jax import jax_ways  # starts a JAX backend, which --no-jax avoids
+
+        jax_chunks, refreshes[JAX] = jax_ways(models, steps)
+        chunks |= {(JAX, n): chunk for n, chunk in jax_chunks.items()}
+        agreement |= {(JAX, n): None for n in steps} | {JAX: None}  # other weights
+
+    found = tables(*measure(chunks, refreshes, calls, latents, repeats), agreement, floors, bandwidth)
+    found["stages"] = measure_stages(ways, floors, bandwidth, repeats)
+    titles = {
+        "ladder": f"Ladder, {steps[-1]} steps (Table 8)", "refresh": "Planner refresh (Table 9)",
+        "steps": "Steps of the executor (Table 11)", "stages": "Stages by themselves, on the device",
+    }  # fmt: skip
+    for name, title in titles.items():
+        print(f"### {title}\n{markdown(found[name])}\n")
+    reached = goals(found["ladder"], steps[-1])
+    print("\n".join(reached))
+    if profiled:
+        for way in (RELEASED, f"twin, {BEST}"):
+            print(profile(f"{way}, {steps[-1]} steps", lambda: chunks[way, steps[-1]](calls[0]), device))  # noqa: B023
+    return {
+        "copy GB/s": bandwidth, "floor bytes": floors, "chunk bytes": {n: chunk_bytes(floors, n) for n in steps},
+        "goals": reached, "tables": found,
+    }  # fmt: skip
+
+
+def machine(device: torch.device, mode: str, with_jax: bool) -> str:
+    """Device, driver, versions and commit."""
+    if device.type == "cpu":
+        return (
+            f"SMOKE RUN ON A CPU: its numbers mean nothing. CUDA graphs are plain calls here and torch.compile only "
+            f"traces. {describe()}, torch {torch.__version__}"
+        )
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    own = f"Python {platform.python_version()}, commit {commit}"
+    return f"{found} driver, torch {torch.__version__}, CUDA {torch.version.cuda}, torch.compile mode {mode}, " + (
+        describe() if with_jax else own
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m export.benchmark", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("folder", nargs="?", type=Path, help="an export; without one, random weights")
+    parser.add_argument("--tiny", action="store_true", help="a smoke run on a CPU; small random weights, in float32")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 10], help="of the executor (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=48, help="timed chunks of every way (default %(default)s)")
+    parser.add_argument("--mode", default="default", choices=("default", "max-autotune-no-cudagraphs"),
+                        help="of torch.compile; autotuning takes minutes more")  # fmt: skip
+    parser.add_argument("--no-jax", action="store_true", help="leave JAX and its 15 GB of weights out")
+    parser.add_argument("--profile", action="store_true", help="also print where one chunk spends its time")
+    parser.add_argument("--out", type=Path, help="write all numbers here as JSON")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of PyTorch's memory
+    if min(options.steps) < 1 or options.repeats < 1:
+        parser.error("--steps and --repeats must be at least 1.")
+    device = torch.device("cpu" if options.tiny else "cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.exit(2, "error: PyTorch finds no GPU; --tiny runs the same code on a CPU.\n")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # threads that wait for each other take longer than work of this size
+    steps = sorted({1, *options.steps})  # one step is a stage by itself
+    about = machine(device, options.mode, not options.no_jax)
+    print(about)
+    try:
+        with torch.no_grad():
+            if options.folder is None:
+                models = random_models(steps, device, options.tiny)
+            else:
+                models = exported_models(options.folder, steps, device)
+            record = benchmark(models, options.mode, options.repeats, not options.no_jax, options.profile)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    weights = "random" if options.folder is None else str(options.folder)
+    record = {"machine": about, "weights": weights, "dtype": str(models.dtype), "steps": steps, **record}
+    if options.out:
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
