@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
 
     # Windows of the recording. History frames are 16 rows apart, as often as the planner is refreshed.
     config.data = ConfigDict(dict(
-        path="runs/demo/dataset", episodes=200, cache="runs/demo/cache", latents="", latent_clips=False,
+        path="runs/demo/dataset", episodes=200, cache="runs/demo/cache", latents="", latent_clips=False, workers=0,
         head_size=(64, 128), single_view=False, history_stride=16, max_offset=15, batch_size=16, validation_episodes=8,
     ))  # fmt: skip
 

@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
 
     # 65 rows a window: 64 actions, 9 video frames; history one horizon apart.
     config.data = ConfigDict(dict(
-        path="data/robotwin", cache="", latents="", latent_clips=False, head_size=(256, 320),
+        path="data/robotwin", cache="", latents="", latent_clips=False, workers=0, head_size=(256, 320),
         single_view=False, history_stride=64, max_offset=0, batch_size=256, validation_episodes=50,
     ))  # fmt: skip
 

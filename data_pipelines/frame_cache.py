@@ -14,7 +14,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -53,8 +53,22 @@ class DecodingFrames:
         return out[inverse]
 
 
-def open_frames(dataset: Episodes, canvas: Canvas, cache_dir: str | Path, processes: int = 1) -> np.memmap:
-    """Read-only memory map uint8 [total rows, H, W, 3] of composed canvases, built on first use.
+class CachedFrames:
+    """Frames read from a whole cache. Another process maps the file itself."""
+
+    def __init__(self, file: Path, shape: tuple[int, ...]) -> None:
+        self._file, self.shape = file, shape
+        self._map = np.memmap(file, np.uint8, "r", shape=shape)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CachedFrames, (self._file, self.shape)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(self._map[rows])
+
+
+def open_frames(dataset: Episodes, canvas: Canvas, cache_dir: str | Path, processes: int = 1) -> CachedFrames:
+    """Composed canvases uint8 [total rows, H, W, 3] in a memory-mapped file, built on first use.
 
     processes: decoding workers of the build; more than 1 starts new interpreters, so the calling script needs
     its `if __name__ == "__main__"` guard. A second process that asks for the same cache waits for the first.
@@ -71,7 +85,7 @@ def open_frames(dataset: Episodes, canvas: Canvas, cache_dir: str | Path, proces
     return _open(folder, shape, key)
 
 
-def _open(folder: Path, shape: tuple[int, ...], key: str) -> np.memmap:
+def _open(folder: Path, shape: tuple[int, ...], key: str) -> CachedFrames:
     data, note = folder / "frames.bin", folder / "key.json"
     try:
         stored, size = json.loads(note.read_text()), data.stat().st_size
@@ -83,7 +97,7 @@ def _open(folder: Path, shape: tuple[int, ...], key: str) -> np.memmap:
             f"{data} has {size} bytes and the note {stored}, expected {expected} bytes of shape "
             f"{list(shape)} and key {key}; delete the folder, it will be built again."
         )
-    return np.memmap(data, np.uint8, "r", shape=shape)
+    return CachedFrames(data, shape)
 
 
 def _build(

@@ -9,13 +9,17 @@ release: absent frames are masked.
 
 import math
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import grain
 import numpy as np
+from absl import flags
 
 from data_pipelines.episodes import Episodes
 from data_pipelines.frame_cache import Frames
@@ -25,9 +29,9 @@ from data_pipelines.windows import WindowConfig, Windows
 
 Batch = dict[str, np.ndarray]
 
-# Threads, not processes: copying out of a memory map and decoding both run outside the interpreter lock, 2 processes
-# decoded no faster than 2 threads, and threads end with the job. As many batches are kept waiting as there are
-# threads, so full-size batches (100 MB and more) stay within memory.
+# Of each process. Copying out of a memory map and decoding both run outside the interpreter lock: 2 processes decoded
+# no faster than 2 threads. As many batches are kept waiting as there are threads, so full-size batches (100 MB and
+# more) stay within memory.
 THREADS = min(16, max(2, os.cpu_count() or 1))
 
 
@@ -73,6 +77,7 @@ def make_loader(
     host_index: int = 0,
     host_count: int = 1,
     start_step: int = 0,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """Endless iterator of training batches, keys and shapes as `Windows.gather`.
 
@@ -82,7 +87,10 @@ def make_loader(
 
     batch_size: samples of all hosts together; this host gets the host_index-th of host_count equal parts, one after
     the other, and reads nothing else. start_step: number of batches already consumed; the stream continues exactly
-    there. Raises ValueError for sources that do not fit into one batch and for impossible shares.
+    there. workers: processes that make the batches, for hosts with more cores than one interpreter keeps busy; 0 makes
+    them in threads of this one. They take batches in turn, never touch an accelerator and end with this process; a
+    script that asks for them needs its `if __name__ == "__main__"` guard. Raises ValueError for sources that do not
+    fit into one batch and for impossible shares.
     """
     share = _share(batch_size, host_index, host_count)
     if start_step < 0:
@@ -102,7 +110,28 @@ def make_loader(
         return mixture.gather(np.array(source), np.array(index), delta)
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(batch)
-    return iter(steps.to_iter_dataset(grain.ReadOptions(THREADS, THREADS)))
+    if not workers:
+        return iter(steps.to_iter_dataset(grain.ReadOptions(THREADS, THREADS)))
+    threads = max(1, THREADS // workers)
+    batches = steps.to_iter_dataset(grain.ReadOptions(threads, threads))
+    if not flags.FLAGS.is_parsed():  # grain's workers read flags of their own
+        flags.FLAGS.mark_as_parsed()
+    return iter(batches.mp_prefetch(grain.MultiprocessingOptions(workers), _begin_worker))
+
+
+def _begin_worker(worker: int, workers: int) -> None:
+    """Runs first in a worker: it finds no accelerator to take, leaves Ctrl-C to the job, and ends when that does."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def evaluation_batches(

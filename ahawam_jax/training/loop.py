@@ -29,8 +29,10 @@ from data_pipelines.loader import evaluation_batches, make_loader
 from data_pipelines.statistics import to_lists
 
 # What may differ between a run and its continuation: it changes neither the result nor the checkpoint.
-FREE_FIELDS = ("train.log_every", "train.checkpoint_every", "train.validate_every", "train.keep", "mesh", "data.cache",
-               "data.latent", "policy", "init", "towers.video_weights", "towers.text_cache")  # fmt: skip
+FREE_FIELDS = (
+    "train.log_every", "train.checkpoint_every", "train.validate_every", "train.keep", "mesh", "data.cache", "data.latent",
+    "data.workers", "policy", "init", "towers.video_weights", "towers.text_cache",
+)  # fmt: skip
 VALIDATION_BATCHES = 4
 
 
@@ -159,8 +161,9 @@ def train(config: ConfigDict, workdir: str | Path) -> float:
     )  # fmt: skip
     open_loop_error = make_open_loop_error(model, config.policy.steps, objective.shift)
     loader = make_loader(
-        data.train, data.windows, config.data.batch_size, config.seed, jax.process_index(), jax.process_count(), start
-    )
+        data.train, data.windows, config.data.batch_size, config.seed, jax.process_index(), jax.process_count(), start,
+        config.data.workers,
+    )  # fmt: skip
     schedule = learning_rate(optimizer, config.train.steps)
     log, stop, error = Log(workdir, start), _StopFlag(), float("nan")
     _banner(config, model, data, mesh, start)

@@ -1,5 +1,6 @@
 """The order of the batches: the same on any number of hosts, after a resume, and for every epoch complete."""
 
+import os
 import resource
 import signal
 import subprocess
@@ -15,8 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
+from data_pipelines.canvas import Canvas
 from data_pipelines.episodes import Episodes, open_episodes
 from data_pipelines.frame_cache import DecodingFrames, open_frames
 from data_pipelines.loader import Batch, Source, evaluation_batches, instructions, make_loader
@@ -344,8 +347,54 @@ def test_impossible_shares(source: Source, size: int, host: int, hosts: int) -> 
 
 
 def test_cached_and_decoded_frames_give_the_same_batches(dataset: Episodes, tmp_path: Path) -> None:
-    head = tiny.CAMERAS["cam_high"]
-    cached, decoded = open_frames(dataset, head, tmp_path), DecodingFrames(dataset, head)
+    canvas = Canvas(tiny.CAMERAS["cam_high"])
+    cached, decoded = open_frames(dataset, canvas, tmp_path), DecodingFrames(dataset, canvas)
     a, b = (take(make_loader([Source(dataset, f, None)], CONFIG, 4, 0), 5) for f in (cached, decoded))
     assert_same(a, b)
     assert a["video"].shape == (5, 4, 9, 48, 48, 3)
+
+
+# ---------------------------------------------------------------- worker processes
+class Probe:
+    """Frames that say who reads them: 1 where it is a worker that was prepared as one."""
+
+    shape = (ROWS, 2, 2, 3)
+
+    def __init__(self) -> None:
+        self.parent = os.getpid()
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        import jax
+
+        alone = os.getpid() != self.parent and jax.devices()[0].platform == "cpu"
+        told = os.environ.get("CUDA_VISIBLE_DEVICES") == "" and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        return np.full((len(rows), *self.shape[1:]), alone and told, np.uint8)
+
+
+def test_workers_make_the_same_batches(dataset: Episodes, root: Path, tmp_path: Path, mixed: Batch) -> None:
+    assert_same(take(make_loader(mixture(root), CONFIG, BATCH, 5, workers=2), 6), {k: v[:6] for k, v in mixed.items()})
+    resumed = take(make_loader(mixture(root), CONFIG, BATCH, 5, start_step=3, workers=3), 3)
+    assert_same(resumed, {k: v[3:6] for k, v in mixed.items()})
+    canvas = Canvas(tiny.CAMERAS["cam_high"])
+    cached = [Source(dataset, open_frames(dataset, canvas, tmp_path), None)]
+    assert_same(take(make_loader(cached, CONFIG, 4, 0, workers=1), 3), take(make_loader(cached, CONFIG, 4, 0), 3))
+    probed = take(make_loader([Source(dataset, Probe(), None)], CONFIG, 4, 0, workers=1), 1)
+    assert probed["video"].all()
+
+
+def test_workers_end_with_the_job(root: Path) -> None:
+    """Also where the job is killed and cannot say so."""
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from tests.data_pipelines.test_loader import BATCH, CONFIG, make_loader, mixture\n"
+        "if __name__ == '__main__':\n"
+        "    batches = make_loader(mixture(Path(sys.argv[1])), CONFIG, BATCH, 5, workers=2)\n"
+        "    next(batches); print('running', flush=True); time.sleep(60)\n"
+    )
+    job = subprocess.Popen([sys.executable, "-c", code, str(root)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert job.stdout.readline() == "running\n"
+    children = psutil.Process(job.pid).children(recursive=True)
+    assert len(children) >= 2
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    assert not psutil.wait_procs(children, timeout=20)[1]

@@ -169,13 +169,13 @@ def test_dataset_without_a_camera(config: ConfigDict, tmp_path: Path) -> None:
 
 
 def test_a_head_camera_alone(config: ConfigDict, tmp_path: Path) -> None:
-    """Single-view robots: the same dataset trains and deploys without its wrists."""
+    """Single-view robots: the same dataset trains and deploys without its wrists. Batches come from a process."""
     root = tiny_dataset.write_dataset(tmp_path / "dataset")
     info = json.loads((root / "meta/info.json").read_text())
     for camera in ("cam_left_wrist", "cam_right_wrist"):
         del info["features"][f"observation.images.{camera}"]
     (root / "meta/info.json").write_text(json.dumps(info))
-    config.data.update(path=str(root), single_view=True)
+    config.data.update(path=str(root), single_view=True, workers=1)
     config.train.steps = 1
     assert np.isfinite(train(config, tmp_path / "run"))
     policy = Policy.load(tmp_path / "run")
