@@ -30,8 +30,8 @@ from data_pipelines.statistics import to_lists
 
 # What may differ between a run and its continuation: it changes neither the result nor the checkpoint.
 FREE_FIELDS = (
-    "train.log_every", "train.checkpoint_every", "train.validate_every", "train.keep", "mesh", "data.cache", "data.latent",
-    "data.workers", "policy", "init", "towers.video_weights", "towers.text_cache",
+    "train.log_every", "train.checkpoint_every", "train.validate_every", "train.keep", "mesh", "data.cache",
+    "data.latent", "data.workers", "policy", "init", "towers.video_weights", "towers.text_cache",
 )  # fmt: skip
 VALIDATION_BATCHES = 4
 
