@@ -19,7 +19,7 @@ lint: install
 	$(VENV)/bin/ruff check .
 
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile   # two processes; the tests of a file share what they set up
 
 demo: install
 	$(RUN) -m ahawam_jax.demo --config=configs/demo.py --workdir=runs/demo

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from data_pipelines import doctor, doctor_checks
+from data_pipelines.canvas import Canvas
 from data_pipelines.episodes import DatasetError, open_episodes
 from data_pipelines.frame_cache import DecodingFrames
 from data_pipelines.loader import Source, make_loader
@@ -35,7 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def train(root: Path) -> None:
     """Reads every window once, as training does."""
     dataset = open_episodes(root)
-    frames = DecodingFrames(dataset, (16, 24))
+    frames = DecodingFrames(dataset, Canvas((16, 24)))
     loader = make_loader([Source(dataset, frames, None)], CONFIG, BATCH, seed=0)
     for _ in range(-(-int(dataset.lengths.sum()) // BATCH)):
         next(loader)

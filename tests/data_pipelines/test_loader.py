@@ -138,7 +138,7 @@ def test_a_job_resumes_on_other_numbers_of_hosts(hosts: list[ProcessPoolExecutor
 def growth(root: Path) -> int:
     """Bytes by which the peak memory of this process grows over 10,000 samples, after 2,000 to warm up."""
     dataset = open_episodes(root)
-    frames = DecodingFrames(dataset, tiny.CAMERAS["cam_high"])
+    frames = DecodingFrames(dataset, Canvas(tiny.CAMERAS["cam_high"]))
     windows = WindowConfig(horizon=4, chunk=4, video_ratio=1, history_frames=1)
     loader = make_loader([Source(dataset, frames, None)], windows, 100, seed=0)
     peaks = []
@@ -157,12 +157,13 @@ def test_memory_stays_flat(hosts: list[ProcessPoolExecutor], root: Path) -> None
 JOB = """
 import sys
 from data_pipelines.episodes import open_episodes
+from data_pipelines.canvas import Canvas
 from data_pipelines.frame_cache import DecodingFrames
 from data_pipelines.loader import Source, make_loader
 from data_pipelines.windows import WindowConfig
 
 dataset = open_episodes(sys.argv[1])
-for _ in make_loader([Source(dataset, DecodingFrames(dataset, (32, 48)), None)], WindowConfig(), 8, 0):
+for _ in make_loader([Source(dataset, DecodingFrames(dataset, Canvas((32, 48))), None)], WindowConfig(), 8, 0):
     print("batch", flush=True)
     if sys.argv[2] == "end":
         break
