@@ -1,6 +1,6 @@
 """How long a chunk and a refresh take, from the released way to one CUDA graph, against the memory-bandwidth floor.
 
-    python -m export.benchmark                             # full size, random bfloat16 weights: 45 GB on the GPU
+    python -m export.benchmark                             # full size, random bfloat16 weights: 30 GB of them
     python -m export.benchmark exports/robotwin            # an export of export.to_torch
     python -m export.benchmark --tiny                      # the same code on a CPU; its numbers mean nothing
 
