@@ -117,8 +117,8 @@ def test_decoding_frames(root: Path, expected: np.ndarray) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_cache_holds_every_row(root: Path, expected: np.ndarray, tmp_path: Path, processes: int) -> None:
     frames = open_frames(open_episodes(root), Canvas(HEAD), tmp_path, processes)
-    np.testing.assert_array_equal(frames, expected)
-    assert not frames.flags.writeable
+    np.testing.assert_array_equal(frames[np.arange(len(expected))], expected)
+    assert not frames[:].flags.writeable
 
 
 def test_cache_is_built_once_per_content(
@@ -151,7 +151,7 @@ def test_interrupted_build_is_not_trusted(
     with pytest.raises(KeyboardInterrupt):
         open_frames(open_episodes(root), Canvas(HEAD), tmp_path)
     monkeypatch.setattr(frame_cache, "_write_episode", write)
-    np.testing.assert_array_equal(open_frames(open_episodes(root), Canvas(HEAD), tmp_path), expected)
+    np.testing.assert_array_equal(open_frames(open_episodes(root), Canvas(HEAD), tmp_path)[:], expected)
 
 
 def test_damaged_cache_is_refused(root: Path, tmp_path: Path) -> None:
