@@ -56,7 +56,7 @@ class Engines:
 
     folder: Path
     manifest: dict[str, Any]
-    library: ModuleType
+    trt: ModuleType  # TensorRT-RTX or TensorRT
 
     def plan(self, graph: str) -> bytes:
         """The serialised engine of a graph."""

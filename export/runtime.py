@@ -233,7 +233,7 @@ class DeployedPolicy:
         found: dict[str, Engines] = {}
         for name in GRAPHS if engines is not None else ():
             try:
-                Engine(engines.library, engines.plan(name), name)
+                Engine(engines.trt, engines.plan(name), name)
                 found[name], self.backends[name] = engines, "engine"
             except ExportError as error:
                 self._say(f"{name} in PyTorch: {error}")
@@ -244,7 +244,7 @@ class DeployedPolicy:
         graph = self._graphs[name]
         places = {what: self._buffers[f"{prefix}.{what}"] for what in (*graph.inputs, *graph.outputs)}
         if name in self._engines:
-            engine = Engine(self._engines[name].library, self._engines[name].plan(name), name)
+            engine = Engine(self._engines[name].trt, self._engines[name].plan(name), name)
             engine.bind(**places)
             return engine.launch
 

@@ -103,7 +103,7 @@ def open_subject(folder: Path, engines: Path | None = None) -> Subject:
     graphs = make_graphs(export)
     if gpu is not None:
         opened = open_engines(engines, source, gpu, hashes=False)
-        runs = {name: Engine(opened.library, opened.plan(name), name) for name in GRAPHS}
+        runs = {name: Engine(opened.trt, opened.plan(name), name) for name in GRAPHS}
         by = f"engines of {record['library']['name']} {record['library']['version']}, {dtype}, on {gpu.name}"
     elif dtype == "float32":
         runs = {name: OnnxFile(engines / onnx_file(name)) for name in GRAPHS}

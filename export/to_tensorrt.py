@@ -112,7 +112,7 @@ def check_target(trt: ModuleType, target: str) -> str | None:
         here = "no GPU" if gpu is None else f"{gpu.name} ({gpu.capability})"
         raise ExportError(
             f"tensorrt builds on the GPU that the engines are for, {wanted.name} (compute capability "
-            f"{wanted.capability}), and this machine has {here}; run it there, or use --library tensorrt_rtx."
+            f"{wanted.capability}), and this machine has {here}; run it there, or use --package tensorrt_rtx."
         )
     return gpu.name
 
@@ -192,12 +192,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="what python -m export.to_torch wrote")
     parser.add_argument("--target", choices=tuple(TARGETS), required=True, help="GPU of the robot")
     parser.add_argument("--out", type=Path, help="folder to write (default: FOLDER/engines-TARGET)")
-    parser.add_argument("--library", choices=LIBRARIES, help="default: the first that is installed")
+    parser.add_argument("--package", choices=LIBRARIES, help="default: the first that is installed")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: the export's)")
     parser.add_argument("--steps", type=int, help="Euler steps of the executor (default: config.policy.steps)")
     options = parser.parse_args(argv)
     try:
-        out = build(options.folder, options.target, options.out, options.library, options.dtype, options.steps)
+        out = build(options.folder, options.target, options.out, options.package, options.dtype, options.steps)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -166,7 +166,7 @@ def test_engines_one_by_one(exported: Path, same_noise: None, monkeypatch: pytes
                 self.places[name].copy_(x)
 
     class Folder:
-        library, manifest = None, {"steps": 2}
+        trt, manifest = None, {"steps": 2}
 
         def plan(self, graph: str) -> bytes:
             return b""

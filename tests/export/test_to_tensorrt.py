@@ -100,7 +100,7 @@ def test_tensorrt_needs_the_gpu_itself(robotwin_export: Path, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "tensorrt", library)
     for gpu, here in ((None, "no GPU"), (Gpu("NVIDIA H200", "9.0"), r"NVIDIA H200 \(9.0\)")):
         monkeypatch.setattr(to_tensorrt, "current_gpu", lambda gpu=gpu: gpu)
-        with pytest.raises(ExportError, match=f"this machine has {here}; run it there, or use --library tensorrt_rtx"):
+        with pytest.raises(ExportError, match=f"this machine has {here}; run it there, or use --package tensorrt_rtx"):
             build(robotwin_export, "rtx5090d", tmp_path / "engines", "tensorrt")
     monkeypatch.setattr(to_tensorrt, "current_gpu", lambda: GPU)
     assert to_tensorrt.check_target(library, "rtx5090d") == GPU.name
