@@ -13,6 +13,7 @@ $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; call make PYTHON=python3.11")'
 	$(PYTHON) -m venv --without-pip $(VENV)
 	$(PYTHON) -m pip --python $(RUN) install --quiet --requirement requirements.txt
+	$(PYTHON) -m pip --python $(RUN) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 lint: install
@@ -22,10 +23,10 @@ test: lint
 	$(RUN) -m pytest -n 2 --dist loadfile   # two processes; the tests of a file share what they set up
 
 demo: install
-	$(RUN) -m ahawam_jax.demo --config=configs/demo.py --workdir=runs/demo
+	$(RUN) -m ahawam_jax demo --config=configs/demo.py --workdir=runs/demo
 
 demo-long: install
-	$(RUN) -m ahawam_jax.demo --config=configs/demo_long.py --workdir=runs/demo_long
+	$(RUN) -m ahawam_jax demo --config=configs/demo_long.py --workdir=runs/demo_long
 
 clean:
 	rm -rf runs

@@ -17,15 +17,15 @@ import torch
 from torch import nn
 
 from ahawam_jax.models.config import ModelConfig
-from ahawam_jax.models.vae import VaeConfig
+from ahawam_jax.towers.vae import VaeConfig
 from configs import robotwin
-from export.engines import load_library
+from export.engines.engine import load_library
+from export.engines.onnx_graphs import GRAPHS, Sizes, make_graph, write_onnx
 from export.exported import latent_grid, torch_dtype
-from export.onnx_graphs import GRAPHS, Sizes, make_graph, write_onnx
 from export.to_tensorrt import TARGETS, build_engine
-from export.torch_layers import DTYPES
-from export.torch_model import Executor, PlannerRefresh, Router
-from export.torch_vae import VaeEncoder
+from export.twin.layers import DTYPES
+from export.twin.model import Executor, PlannerRefresh, Router
+from export.twin.vae import VaeEncoder
 
 
 def random_module(name: str, sizes: Sizes, steps: int, shift: float) -> nn.Module:

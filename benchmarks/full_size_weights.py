@@ -3,7 +3,7 @@
     python -m benchmarks.full_size_weights --folder DIR
 
 Writes a random bfloat16 checkpoint in the release's layout (7,349,428,556 parameters, 13.7 GiB) to DIR, imports it to
-orbax, exports it again, compares every tensor bit for bit, and converts it for deployment (export.to_torch, with
+orbax, exports it again, compares every tensor bit for bit, and converts it for deployment (ahawam to-torch, with
 towers that have no weights), which compares the PyTorch twin of every layer with JAX. Prints minutes and the peak of
 resident memory of every step, each in a process of its own. DIR needs 42 GiB; what lies there from an earlier run is
 written again.
@@ -25,12 +25,12 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from ahawam_jax import cli
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.release import payload, release_shapes
 from ahawam_jax.weights.torch_file import write_torch
 from configs import robotwin
+from data_pipelines.progress import Progress
 from data_pipelines.statistics import save_statistics
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -42,7 +42,7 @@ class Random:
 
     name: str
     shape: tuple[int, ...]
-    progress: cli.Progress
+    progress: Progress
     dtype: np.dtype = BFLOAT16
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -55,7 +55,7 @@ class Random:
 def write(source: Path) -> None:
     """The random checkpoint."""
     shapes = release_shapes(ModelConfig.create(robotwin.get_config().model))
-    progress = cli.Progress(sum(int(np.prod(shape)) for shape in shapes.values()), "G parameters", 10**9)
+    progress = Progress(sum(int(np.prod(shape)) for shape in shapes.values()), "G parameters", 10**9)
     tensors = {name: Random(name, shape, progress) for name, shape in shapes.items()}
     write_torch(source, payload(tensors, {"step": 0, "torch_dtype": "torch.bfloat16"}))
 
@@ -71,7 +71,7 @@ def compare(source: Path, exported: Path) -> None:
     first, second = open_weights(source).tensors, open_weights(exported).tensors
     if first.keys() != second.keys():
         sys.exit(f"error: {len(first.keys() ^ second.keys())} names differ.")
-    progress = cli.Progress(sum(x.nbytes for x in first.values()), "GiB", 2**30)
+    progress = Progress(sum(x.nbytes for x in first.values()), "GiB", 2**30)
     for name, x in first.items():
         if not np.array_equal(np.asarray(x).view(np.uint16), np.asarray(second[name]).view(np.uint16)):
             sys.exit(f"error: {name} differs.")
@@ -107,15 +107,15 @@ def main() -> None:
     this = ("benchmarks.full_size_weights", "--folder", str(options.folder), "--only")
     steps = [
         timed("write", *this, "write"),
-        timed("inspect", "ahawam_jax.inspect", str(source), "--config=configs/robotwin.py"),
-        timed("import", "ahawam_jax.import_weights", "--config=configs/robotwin.py", f"--source={source}",
+        timed("inspect", "inspect", str(source), "--config=configs/robotwin.py"),
+        timed("import", "import-weights", "--config=configs/robotwin.py", f"--source={source}",
               f"--workdir={workdir}", f"--statistics={statistics}", "--config.towers.video=block_transform",
               "--config.towers.text=hashed_words"),
-        timed("export", "ahawam_jax.export_weights", str(workdir), str(exported)),
+        timed("export", "export-weights", str(workdir), str(exported)),
         timed("compare", *this, "compare"),
     ]  # fmt: skip
     exported.unlink()  # its room is needed
-    steps.append(timed("to_torch", "export.to_torch", str(workdir), "--out", str(deployed)))
+    steps.append(timed("to_torch", "to-torch", str(workdir), "--out", str(deployed)))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(
         f"\n{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}, "

@@ -39,13 +39,13 @@ import grain
 import numpy as np
 from PIL import Image
 
+from data_pipelines.caches.frame_cache import DecodingFrames, open_frames
+from data_pipelines.caches.latent_cache import CachedLatents, LatentFolder, Latents
 from data_pipelines.canvas import CAMERAS, Canvas
-from data_pipelines.episodes import open_episodes
-from data_pipelines.frame_cache import DecodingFrames, open_frames
-from data_pipelines.latent_cache import CachedLatents, LatentFolder, Latents
-from data_pipelines.lerobot import IMAGE_PREFIX, LeRobot
-from data_pipelines.lerobot_writer import EncodedVideo, LeRobotWriter
 from data_pipelines.loader import THREADS, Source, make_loader
+from data_pipelines.readers.lerobot import IMAGE_PREFIX, LeRobot
+from data_pipelines.readers.opening import open_episodes
+from data_pipelines.recording.lerobot_writer import EncodedVideo, LeRobotWriter
 from data_pipelines.windows import WindowConfig
 
 EPISODES, ROWS, FPS, BATCH, ROUNDS = 4, 500, 25, 4, 3

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 from ahawam_jax.models.aha_wam import AhaWam, abstract_params, empty_memory
 from ahawam_jax.models.config import PATCH, SPATIAL_STRIDE, ModelConfig
-from ahawam_jax.models.vae import VaeConfig, WanVae, abstract_vae_params
+from ahawam_jax.towers.vae import VaeConfig, WanVae, abstract_vae_params
 from ahawam_jax.weights.convert import flatten
-from benchmarks.machine import copy_gb_per_s, describe, matmul_tflops, median_ms
 from configs import robotwin
+from export.measure.machine import copy_gb_per_s, describe, matmul_tflops, median_ms
 
 TINY = dict(num_layers=2, num_heads=2, head_dim=24, planner_dim=48, planner_ffn_dim=96, text_dim=32)
 TINY_VAE = dict(dim=8, dec_dim=8, dim_mult=(1, 1, 2, 2))

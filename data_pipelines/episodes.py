@@ -20,7 +20,7 @@ class Episodes(Protocol):
 
     A dataset may be pickled and used in another process.
 
-    root: what `open_episodes` was given.
+    root: folder of the dataset.
     robot: type of the robot as recorded, "" where it is not.  fps: rows per second as labelled.
     cameras: short name ("cam_high") -> (height, width) in pixels.
     lengths: int64 [E] rows per episode.  starts: int64 [E] dataset row of each episode's first row.
@@ -67,29 +67,3 @@ class Episodes(Protocol):
 
     def require_cameras(self, names: Sequence[str]) -> None:
         """Refuses with a sentence if a camera is missing."""
-
-
-def open_episodes(path: str | Path) -> Episodes:
-    """Opens the dataset in a folder, whichever of the known formats it has.
-
-    LeRobot v2.1 or v3.0: a folder with meta/info.json. RoboTwin, classic or XPolicyLab form: a folder with
-    episode*.hdf5, or with a folder data/ of them. What `data_pipelines.tfds` converted: a folder with
-    conversion.json. Raises DatasetError for anything else.
-    """
-    # The readers build on this module.
-    from data_pipelines.lerobot import INFO, open_lerobot
-    from data_pipelines.robotwin import episode_files, open_robotwin
-    from data_pipelines.tfds.episodes import open_converted
-    from data_pipelines.tfds.layout import CONVERSION
-
-    root = Path(path)
-    if (root / INFO).is_file():
-        return open_lerobot(root)
-    if episode_files(root):
-        return open_robotwin(root)
-    if (root / CONVERSION).is_file():
-        return open_converted(root)
-    raise DatasetError(
-        f"{root} {'is no dataset' if root.is_dir() else 'is not a folder'}: looked for {INFO} (LeRobot v2.1, v3.0), "
-        f"for episode*.hdf5 or data/episode*.hdf5 (RoboTwin) and for {CONVERSION} (converted by data_pipelines.tfds)."
-    )

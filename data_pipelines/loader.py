@@ -21,9 +21,9 @@ import grain
 import numpy as np
 from absl import flags
 
+from data_pipelines.caches.frame_cache import Frames
+from data_pipelines.caches.latent_cache import CachedLatents
 from data_pipelines.episodes import Episodes
-from data_pipelines.frame_cache import Frames
-from data_pipelines.latent_cache import CachedLatents
 from data_pipelines.statistics import Statistics
 from data_pipelines.windows import WindowConfig, Windows
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipelines.caches.frame_cache import Frames
+from data_pipelines.caches.latent_cache import CachedLatents, Latents
 from data_pipelines.episodes import Episodes
-from data_pipelines.frame_cache import Frames
-from data_pipelines.latent_cache import CachedLatents, Latents
 from data_pipelines.statistics import Statistics, normalize
 
 FRAMES_PER_LATENT = 4  # the VAE folds four video frames into one latent, the first frame stands alone

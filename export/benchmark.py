@@ -1,13 +1,13 @@
 """How long a chunk and a refresh take, from the released way to one CUDA graph, against the memory-bandwidth floor.
 
-    python -m export.benchmark                             # full size, random bfloat16 weights: 30 GB of them
-    python -m export.benchmark exports/robotwin            # an export of export.to_torch
-    python -m export.benchmark --tiny                      # the same code on a CPU; its numbers mean nothing
+    ahawam benchmark                             # full size, random bfloat16 weights: 30 GB of them
+    ahawam benchmark exports/robotwin            # an export of ahawam to-torch
+    ahawam benchmark --tiny                      # the same code on a CPU; its numbers mean nothing
 
 On a fresh GPU machine with PyTorch >= 2.11, JAX >= 0.11 and Python 3.12, from the root of the repository:
 
     pip install "flax>=0.12,<0.13" optax orbax-checkpoint ml_collections absl-py pillow tokenizers ftfy
-    python -m export.benchmark --repeats 24 --out results.json --profile
+    ahawam benchmark --repeats 24 --out results.json --profile
 
 L_chunk is from what a robot sends, on the host, to actions on the host; L_prefill from latents to keys and values in
 the memory. By the paper's protocol the first of several episodes is discarded and means of episodes are averaged; p50
@@ -30,10 +30,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ahawam_jax.latents import make_canvas
-from benchmarks.machine import describe
-from export.benchmark_models import BATCH, Models, chunk_bytes, cosine, exported_models, random_models, stage_bytes
-from export.ladder import WARM_UP, Call, Captured, Chunk, Refresh, Ways
+from ahawam_jax.towers.latents import make_canvas
+from export.measure.ladder import WARM_UP, Call, Captured, Chunk, Refresh, Ways
+from export.measure.machine import describe
+from export.measure.models import BATCH, Models, chunk_bytes, cosine, exported_models, random_models, stage_bytes
 
 CALLS, REFRESH_EVERY = 8, 2  # chunks of an episode, chunks a refresh
 TIMES_FLOOR, TIMES_FASTER = 1.6, 15  # the goals for the longest loop
@@ -295,7 +295,7 @@ def benchmark(models: Models, mode: str, repeats: int, with_jax: bool, profiled:
     for way, refresh in refreshes.items():
         agreement[way] = 1.0 if way == RELEASED else cosine(refresh(latents, 0), want_plan)
     if with_jax:
-        from export.benchmark_jax import jax_ways  # starts a JAX backend, which --no-jax avoids
+        from export.measure.jax_ways import jax_ways
 
         jax_chunks, refreshes[JAX] = jax_ways(models, steps)
         chunks |= {(JAX, n): chunk for n, chunk in jax_chunks.items()}
@@ -337,7 +337,7 @@ def machine(device: torch.device, mode: str, with_jax: bool) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m export.benchmark", description=__doc__,
+    parser = argparse.ArgumentParser(prog="ahawam benchmark", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("folder", nargs="?", type=Path, help="an export; without one, random weights")
     parser.add_argument("--tiny", action="store_true", help="a smoke run on a CPU; small random weights, in float32")
@@ -373,7 +373,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = {"machine": about, "weights": weights, "dtype": str(models.dtype), "steps": steps, **record}
     if options.out:
         options.out.write_text(json.dumps(record, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

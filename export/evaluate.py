@@ -1,8 +1,8 @@
 """Runs an export in closed loop in simulation and prints its success with a 95 % interval.
 
-    python -m export.evaluate exports/demo --episodes 50
+    ahawam evaluate-export exports/demo --episodes 50
 
-The deployed counterpart of `python -m ahawam_jax.evaluate`: the same seeds, the same simulation, the policy of
+The deployed counterpart of `ahawam evaluate`: the same seeds, the same simulation, the policy of
 `export.runtime` in PyTorch, all episodes as one batch.
 """
 
@@ -17,10 +17,10 @@ from export.runtime import DeployedPolicy
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m export.evaluate", description=__doc__,
+    parser = argparse.ArgumentParser(prog="ahawam evaluate-export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     logging.set_verbosity(logging.ERROR)
-    parser.add_argument("export", type=Path, help="folder of export.to_torch")
+    parser.add_argument("export", type=Path, help="folder of ahawam to-torch")
     parser.add_argument("--task", default="transfer_cube", choices=("transfer_cube", "insertion"))
     parser.add_argument("--episodes", type=int, default=50, help="unseen seeds 0, 1, ... (default %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="simulation workers (default %(default)s)")
@@ -41,7 +41,3 @@ def main(argv: list[str] | None = None) -> int:
     print(HEADER)
     print(result.row())
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

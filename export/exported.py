@@ -1,4 +1,4 @@
-"""Opens what `export.to_torch` wrote: the modules of the twin, and all that a policy needs around them."""
+"""Opens what `ahawam to-torch` wrote: the modules of the twin, and all that a policy needs around them."""
 
 import dataclasses
 import json
@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from ml_collections import ConfigDict
 
-from ahawam_jax.latents import make_canvas
 from ahawam_jax.models.config import PATCH, SPATIAL_STRIDE, ModelConfig
-from ahawam_jax.models.vae import VaeConfig
-from ahawam_jax.towers import TextTower, build_text_tower
+from ahawam_jax.towers.building import TextTower, build_text_tower
+from ahawam_jax.towers.latents import make_canvas
+from ahawam_jax.towers.vae import VaeConfig
 from ahawam_jax.weights.files import open_weights
 from data_pipelines.statistics import FILE as STATISTICS
 from data_pipelines.statistics import Statistics, load_statistics
 from export.manifest import CONFIG, MODEL, TEXT, VAE, ExportError, read_manifest, require
-from export.torch_layers import DTYPES
-from export.torch_model import Executor, PlannerRefresh, Router, from_release
-from export.torch_vae import BlockTransformEncoder, VaeEncoder
+from export.twin.layers import DTYPES
+from export.twin.model import Executor, PlannerRefresh, Router, from_release
+from export.twin.vae import BlockTransformEncoder, VaeEncoder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ def read_manifest(folder: str | Path, hashes: bool = False) -> dict[str, Any]:
     path = folder / FILE
     if not path.is_file():
         raise ExportError(
-            f"{folder} is no finished export, it has no {FILE}; write one with python -m export.to_torch CHECKPOINT "
+            f"{folder} is no finished export, it has no {FILE}; write one with ahawam to-torch CHECKPOINT "
             f"--out {folder}."
         )
     try:

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from ahawam_jax.inference.policy import PolicyConfig, checked_state, chunk_start
-from ahawam_jax.latents import make_canvas
+from ahawam_jax.towers.latents import make_canvas
 from data_pipelines.statistics import denormalize, normalize
-from export.engines import Engine, Engines, current_gpu, open_engines
+from export.engines.engine import Engine, Engines, current_gpu, open_engines
+from export.engines.onnx_graphs import GRAPHS, make_graphs
 from export.exported import Export, load_export
 from export.manifest import ExportError, read_manifest
-from export.onnx_graphs import GRAPHS, make_graphs
-from export.torch_model import remember
+from export.twin.model import remember
 
 WARM_UP = 3  # runs before a capture: libraries choose kernels and allocate in the first ones
 
@@ -80,9 +80,9 @@ class DeployedPolicy:
         cls, folder: str | Path, target: str | None = None, device: str | None = None, dtype: str | None = None,
         wait: bool = True, say: Callable[[str], None] = print, **overrides: Any,
     ) -> "DeployedPolicy":  # fmt: skip
-        """From a folder of `export.to_torch`.
+        """From a folder of `ahawam to-torch`.
 
-        target: use its engines for this GPU, as built by `export.to_tensorrt`; what cannot be used is said and
+        target: use its engines for this GPU, as built by `ahawam to-tensorrt`; what cannot be used is said and
         replaced by PyTorch. device: "cuda" or "cpu", by default the GPU where there is one. dtype: of the products in
         PyTorch, by default the export's. wait: a call waits for the refresh that it starts, as in JAX; False acts on
         the newest finished plan while the planner works. overrides: fields of PolicyConfig.

@@ -1,6 +1,6 @@
 """From an export to engines for one kind of GPU, by way of ONNX.
 
-    python -m export.to_tensorrt exports/robotwin --target rtx5090d
+    ahawam to-tensorrt exports/robotwin --target rtx5090d
 
 Writes exports/robotwin/engines-rtx5090d: four ONNX files, four engines and, last, manifest.json. The folder appears
 whole or not at all. TensorRT-RTX builds for the target without having it; TensorRT times its kernels on the GPU that
@@ -23,11 +23,11 @@ from typing import Any
 
 from absl import logging
 
-from export.engines import LIBRARIES, current_gpu, engine_file, load_library
+from export.engines.engine import LIBRARIES, current_gpu, engine_file, load_library
+from export.engines.onnx_graphs import GRAPHS, Graph, make_graphs, write_onnx
 from export.exported import load_export
 from export.manifest import ExportError, write_manifest
-from export.onnx_graphs import GRAPHS, Graph, make_graphs, write_onnx
-from export.torch_layers import DTYPES
+from export.twin.layers import DTYPES
 
 TIMING_CACHE = "timing.cache"
 
@@ -186,10 +186,10 @@ def _logger(trt: ModuleType) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m export.to_tensorrt", description=__doc__,
+    parser = argparse.ArgumentParser(prog="ahawam to-tensorrt", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     logging.set_verbosity(logging.ERROR)
-    parser.add_argument("folder", type=Path, help="what python -m export.to_torch wrote")
+    parser.add_argument("folder", type=Path, help="what ahawam to-torch wrote")
     parser.add_argument("--target", choices=tuple(TARGETS), required=True, help="GPU of the robot")
     parser.add_argument("--out", type=Path, help="folder to write (default: FOLDER/engines-TARGET)")
     parser.add_argument("--package", choices=LIBRARIES, help="default: the first that is installed")
@@ -201,10 +201,6 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{out}: four engines for {TARGETS[options.target].name}; check them with python -m export.validate "
+    print(f"{out}: four engines for {TARGETS[options.target].name}; check them with ahawam validate "
           f"{options.folder}")  # fmt: skip
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """From a checkpoint to a folder that PyTorch, ONNX and TensorRT start from, checked against JAX on this machine.
 
-    python -m export.to_torch runs/robotwin/run --out exports/robotwin --dtype bfloat16
+    ahawam to-torch runs/robotwin/run --out exports/robotwin --dtype bfloat16
 
 The folder holds model.safetensors (the release's layout), vae.safetensors (the VAE's encoder, as stored),
 config.json, dataset_stats.json, text_tokens/ and, written last, manifest.json. It appears whole or not at all.
@@ -22,27 +22,27 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from ahawam_jax import cli
-from ahawam_jax.export_weights import export_checkpoint
-from ahawam_jax.latents import make_canvas
+from ahawam_jax.checkpoints import Checkpoints, find_step, stored_arrays
+from ahawam_jax.commands.export_weights import export_checkpoint
 from ahawam_jax.models.aha_wam import abstract_params
 from ahawam_jax.models.config import ModelConfig
-from ahawam_jax.text_cache import CachedText, entry_path, prompt
-from ahawam_jax.towers import build_text_tower, build_video_tower
-from ahawam_jax.training.checkpoints import Checkpoints, find_step, stored_arrays
+from ahawam_jax.towers.building import build_text_tower, build_video_tower
+from ahawam_jax.towers.latents import make_canvas
+from ahawam_jax.towers.text_cache import CachedText, entry_path, prompt
+from ahawam_jax.towers.vae_names import vae_tensors
 from ahawam_jax.weights.convert import Row, is_finite, rows
 from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.release import TABLE
 from ahawam_jax.weights.safetensors_file import write_safetensors
 from ahawam_jax.weights.tensors import Tensor
-from ahawam_jax.weights.vae import vae_tensors
+from data_pipelines.progress import Progress
 from data_pipelines.statistics import FILE as STATISTICS
 from data_pipelines.statistics import Statistics, pick_robot, save_statistics
+from export.checks.parity import model_parity, video_parity
 from export.exported import check_widths, latent_grid, load_video, torch_dtype
 from export.manifest import CONFIG, MODEL, TEXT, VAE, ExportError, write_manifest
-from export.parity import model_parity, video_parity
-from export.torch_layers import DTYPES
-from export.torch_vae import encoder_table
+from export.twin.layers import DTYPES
+from export.twin.vae import encoder_table
 
 # Float32 rounding stays below 1e-4 even beside outlying activations; a wrong layout is off by about 1.
 LARGEST_DEVIATION = 1e-3
@@ -144,7 +144,7 @@ def copy_text(config: ConfigDict, model: ModelConfig, instructions: list[str], f
     if not paths:
         raise ExportError(
             f"{cache} has no text tokens of length {tower.length}; write those of the tasks to deploy with python -m "
-            f"ahawam_jax.encode_text --cache {cache} --length {tower.length} --prompt TASK."
+            f"ahawam encode-text --cache {cache} --length {tower.length} --prompt TASK."
         )
     folder.mkdir()
     for path in (*paths, *cache.glob("encoder.json")):
@@ -177,7 +177,7 @@ def compare_stored(
     places: dict[str, list[Row]] = {}
     for row in rows(TABLE, abstract_params(model)):
         places.setdefault(row.path, []).append(row)
-    progress = cli.Progress(sum(int(np.prod(x.shape)) for x in arrays.values()), "G parameters compared", 10**9)
+    progress = Progress(sum(int(np.prod(x.shape)) for x in arrays.values()), "G parameters compared", 10**9)
 
     def compare(path: str, stored: list[Row]) -> int:
         leaf = np.ascontiguousarray(checkpoints.read_param(step, path))
@@ -221,7 +221,7 @@ def measure(config: ConfigDict, model: ModelConfig, folder: Path, vae: dict[str,
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m export.to_torch", description=__doc__,
+    parser = argparse.ArgumentParser(prog="ahawam to-torch", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     logging.set_verbosity(logging.ERROR)  # orbax reports every file it reads
     parser.add_argument("checkpoint", type=Path, help="workdir of a run or an import, or one of its steps")
@@ -237,7 +237,3 @@ def main(argv: list[str] | None = None) -> int:
     figures = ", ".join(f"{name} {value:.1e}" for name, value in parity.items())
     print(f"{options.out}: largest deviation from JAX in float32: {figures}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

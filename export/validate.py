@@ -1,6 +1,6 @@
 """Compares every graph of a deployment, and whole chunks, with JAX in float32: the paper's Table 10 for all engines.
 
-    python -m export.validate exports/robotwin --dataset data/robotwin --samples 8
+    ahawam validate exports/robotwin --dataset data/robotwin --samples 8
 
 Runs the engines where there is a GPU. Elsewhere it runs their ONNX files under onnxruntime if they are float32, and
 the export in PyTorch if they are bfloat16 or there are none; it says which. Prints a table, writes it as
@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from absl import logging
 
-from ahawam_jax import cli
 from ahawam_jax.weights.release import to_release
-from export import blocks
+from data_pipelines.progress import Progress
+from export.checks import blocks
+from export.checks.reference import Call, Reference
+from export.checks.samples import Sample, random_samples, recorded_samples
+from export.checks.subject import OnnxFile, Subject, open_subject
+from export.engines.onnx_graphs import GRAPHS, make_graphs
 from export.exported import latent_grid
 from export.manifest import ExportError
-from export.onnx_graphs import GRAPHS, make_graphs
-from export.reference import Call, Reference
-from export.samples import Sample, random_samples, recorded_samples
-from export.subject import OnnxFile, Subject, open_subject
-from export.torch_model import from_release
+from export.twin.model import from_release
 
 FILE = "validation.json"
 COSINE = 0.9995  # bfloat16: 1 - cos is about the square of the relative error, and an error of 3% is still a detour
@@ -99,7 +99,7 @@ def validate(
     recorded = [] if dataset is None else recorded_samples(subject.export, dataset, samples)
     rows = {name: Row(name) for name in (*GRAPHS, REFRESH, CHUNK)}
     worst: dict[str, tuple[float, Call, np.ndarray]] = {}
-    progress = cli.Progress(len(drawn) + len(recorded), "samples compared with JAX")
+    progress = Progress(len(drawn) + len(recorded), "samples compared with JAX")
     with torch.no_grad():
         for sample in (*drawn, *recorded):
             calls = reference(sample)
@@ -186,11 +186,11 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m export.validate", description=__doc__,
+    parser = argparse.ArgumentParser(prog="ahawam validate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     logging.set_verbosity(logging.ERROR)
-    parser.add_argument("folder", type=Path, help="what python -m export.to_torch wrote")
-    parser.add_argument("--engines", type=Path, help="what export.to_tensorrt wrote (default: FOLDER/engines-*)")
+    parser.add_argument("folder", type=Path, help="what ahawam to-torch wrote")
+    parser.add_argument("--engines", type=Path, help="what ahawam to-tensorrt wrote (default: FOLDER/engines-*)")
     parser.add_argument("--dataset", type=Path, help="recorded samples come from it (default: only random ones)")
     parser.add_argument("--samples", type=int, default=4, help="of each kind (default 4)")
     parser.add_argument("--checkpoint", type=Path, help="weights of the reference (default: the export's)")
@@ -202,7 +202,3 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(markdown(report))
     return 0 if report["passed"] else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

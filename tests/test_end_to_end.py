@@ -16,9 +16,9 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from ml_collections import ConfigDict
 from transformers import UMT5Config, UMT5EncoderModel
 
-from ahawam_jax import encode_text, imagine, inspect
-from ahawam_jax.export_weights import export_checkpoint
-from ahawam_jax.import_weights import import_checkpoint
+from ahawam_jax.commands import encode_text, imagine, inspect
+from ahawam_jax.commands.export_weights import export_checkpoint
+from ahawam_jax.commands.import_weights import import_checkpoint
 from ahawam_jax.inference.policy import Policy, load_run
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.training.loop import train
@@ -194,14 +194,15 @@ def test_commands_answer_in_sentences(wan: Path, tmp_path: Path) -> None:
     """The commands as processes: --help, a wrong file, a workdir that is taken."""
 
     def command(*argv: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", *argv], cwd=REPOSITORY, capture_output=True, text=True)
+        words = [sys.executable, "-m", "ahawam_jax", *argv]
+        return subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
 
-    assert "--source" in command("ahawam_jax.import_weights", "--help").stdout
-    assert "--dtype" in command("ahawam_jax.export_weights", "--help").stdout
+    assert "--source" in command("import-weights", "--help").stdout
+    assert "--dtype" in command("export-weights", "--help").stdout
     (tmp_path / "a.safetensors").write_text("not a file of tensors")
-    wrong = command("ahawam_jax.import_weights", "--config=configs/robotwin.py",
+    wrong = command("import-weights", "--config=configs/robotwin.py",
                     f"--source={tmp_path / 'a.safetensors'}", f"--workdir={tmp_path / 'out'}")  # fmt: skip
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
     assert "is not a safetensors file" in wrong.stderr and not (tmp_path / "out" / "checkpoints" / "0").exists()
-    big = command("ahawam_jax.inspect", str(wan / "transformer"), "--config=configs/robotwin.py")
+    big = command("inspect", str(wan / "transformer"), "--config=configs/robotwin.py")
     assert big.returncode == 1 and "is another model: 2 layers of width 24" in big.stderr

@@ -1,29 +1,67 @@
-"""Which folder may import which, read off the source."""
+"""Which folder may import which, read off the source, and that no files import each other in a circle."""
 
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-OURS = ("ahawam_jax", "configs", "data_pipelines", "export", "tests")
-TORCH_SIDE = {"torch", "tensorflow", "onnx", "tensorrt", "export", "tests"}
+OURS = ("ahawam_jax", "configs", "data_pipelines", "export", "benchmarks", "tests")
+TORCH_SIDE = {"torch", "tensorflow", "onnx", "tensorrt", "export", "benchmarks", "tests"}
 MODEL_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "ahawam_jax"}
 
-# A room of ahawam_jax and the rooms it may use. Rooms that are not named are on top and may use all of these.
-ROOMS = {
-    "models": {"models"},
+# The floors of each house from the bottom up, and what a floor may use beside itself. `episodes` is the interface that
+# everything in data_pipelines builds on; `progress` says how far a job is.
+AHAWAM = {
+    "models": set(),
     "flow_matching": set(),
-    "weights": {"models", "weights"},
-    "text_cache": {"models", "weights"},
-    "towers": {"models", "weights", "text_cache"},
-    "latents": {"models", "weights", "text_cache", "towers"},
-    "inference.sampling": {"models", "flow_matching"},
-    "inference": {"models", "flow_matching", "weights", "towers", "latents", "training", "inference"},
-    "training": {"models", "flow_matching", "weights", "towers", "latents", "training", "inference.sampling"},
+    "sampling": {"models", "flow_matching"},
+    "weights": {"models"},
+    "towers": {"models", "weights"},
+    "checkpoints": {"weights"},
+    "inference": {"models", "sampling", "weights", "towers", "checkpoints"},
+    "training": {"models", "flow_matching", "sampling", "weights", "towers", "checkpoints"},
+    "verification": {"models", "flow_matching", "sampling", "weights", "towers", "training"},
+    "evaluation": {"inference"},
+    "commands": {
+        "models", "sampling", "weights", "towers", "checkpoints", "inference", "training", "verification",
+        "evaluation",
+    },
+    "__main__": set(),
+}  # fmt: skip
+DATA = {
+    "episodes": set(),
+    "progress": set(),
+    "canvas": set(),
+    "readers": {"episodes", "tfds"},
+    "caches": {"episodes", "canvas", "progress"},
+    "statistics": {"episodes"},
+    "windows": {"episodes", "caches", "statistics"},
+    "loader": {"episodes", "caches", "statistics", "windows"},
+    "simulation": {"progress"},
+    "recording": {"simulation", "progress", "episodes"},
+    "inspection": {"episodes", "readers", "canvas", "windows", "loader", "recording", "progress"},
+    "tfds": {"episodes", "readers", "progress"},
 }
+EXPORT = {
+    "manifest": set(),
+    "twin": {"manifest"},
+    "released": set(),
+    "exported": {"manifest", "twin"},
+    "engines": {"manifest", "twin", "exported"},
+    "checks": {"manifest", "twin", "exported", "engines", "to_tensorrt"},
+    "measure": {"manifest", "twin", "exported", "released"},
+    "runtime": {"manifest", "twin", "exported", "engines"},
+    "to_torch": {"manifest", "twin", "exported", "checks"},
+    "to_tensorrt": {"manifest", "twin", "exported", "engines"},
+    "validate": {"manifest", "twin", "exported", "engines", "checks"},
+    "evaluate": {"runtime"},
+    "benchmark": {"measure"},
+}
+HOUSES = {"ahawam_jax": AHAWAM, "data_pipelines": DATA, "export": EXPORT}
 
 
 def sources(folder: str) -> list[Path]:
@@ -46,6 +84,21 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
+@cache
+def edges() -> dict[str, set[str]]:
+    """Which of our files imports which: module -> modules."""
+    known = {module_name(path) for folder in OURS for path in sources(folder)}
+
+    def module_of(name: str) -> str:
+        return name if name in known else name.rpartition(".")[0]
+
+    return {
+        module_name(path): {module_of(name) for name in imports(path)} & known
+        for folder in OURS
+        for path in sources(folder)
+    }
+
+
 def offences(folder: str, forbidden: set[str]) -> list[str]:
     """Imports in a folder whose top-level package is forbidden."""
     return [
@@ -56,13 +109,34 @@ def offences(folder: str, forbidden: set[str]) -> list[str]:
     ]
 
 
-def inside(name: str, room: str) -> bool:
-    return name == f"ahawam_jax.{room}" or name.startswith(f"ahawam_jax.{room}.")
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """One circle of a graph, or nothing."""
+    done: set[str] = set()
+
+    def walk(node: str, trail: list[str]) -> list[str]:
+        if node in trail:
+            return [*trail[trail.index(node) :], node]
+        if node in done:
+            return []
+        for after in sorted(graph.get(node, ())):
+            if found := walk(after, [*trail, node]):
+                return found
+        done.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := walk(node, []))), [])
 
 
 def test_there_is_something_to_check() -> None:
-    assert all(sources(folder) for folder in ("ahawam_jax", "configs", "data_pipelines"))
+    assert all(sources(folder) for folder in OURS)
     assert "ahawam_jax.models.config.ModelConfig" in set(imports(REPOSITORY / "ahawam_jax/models/planner.py"))
+    assert "ahawam_jax.models.config" in edges()["ahawam_jax.models.planner"]
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert not circle({"a": {"b", "c"}, "b": {"c"}})
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert not circle(edges())
 
 
 def test_configs_import_only_ml_collections_and_each_other() -> None:
@@ -75,25 +149,41 @@ def test_data_pipelines_know_no_model() -> None:
     assert not offences("data_pipelines", TORCH_SIDE | MODEL_SIDE)
 
 
+def test_the_interface_to_episodes_imports_nothing_of_ours() -> None:
+    assert not edges()["data_pipelines.episodes"]
+
+
 def test_ahawam_jax_needs_no_torch() -> None:
     assert not offences("ahawam_jax", TORCH_SIDE)
 
 
 @pytest.mark.parametrize("folder", OURS[:-1])
-def test_nothing_imports_tests(folder: str) -> None:
-    assert not offences(folder, {"tests"})
+def test_nothing_imports_tests_or_benchmarks(folder: str) -> None:
+    assert not offences(folder, {"tests", "benchmarks"} - {folder})
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_use_only_what_lies_below(room: str) -> None:
-    found = []
-    for path in sources("ahawam_jax"):
-        owner = module_name(path)
-        narrower = [other for other in ROOMS if other.startswith(f"{room}.") and inside(owner, other)]
-        if not inside(owner, room) or narrower:
+@pytest.mark.parametrize("house", HOUSES)
+def test_floors_use_only_what_lies_below(house: str) -> None:
+    floors, found = HOUSES[house], []
+
+    def floor_of(module: str) -> str:
+        return module.split(".")[1] if "." in module else ""
+
+    rooms = {floor_of(module) for module in edges() if module.startswith(f"{house}.")}
+    assert rooms == floors.keys(), "the test must know every room"
+    for module, targets in edges().items():
+        if module.partition(".")[0] != house or module == house:
             continue
-        for name in imports(path):
-            ours = name.startswith("ahawam_jax.") and not any(inside(name, allowed) for allowed in ROOMS[room])
-            if ours and name != "ahawam_jax":
-                found.append(f"{owner} imports {name}")
+        allowed = floors[floor_of(module)] | {floor_of(module), ""}
+        found += [
+            f"{module} imports {target}"
+            for target in sorted(targets)
+            if target.partition(".")[0] == house and floor_of(target) not in allowed
+        ]
     assert not found
+
+
+@pytest.mark.parametrize("house", HOUSES)
+def test_every_folder_says_what_lives_there(house: str) -> None:
+    for path in (path for path in sources(house) if path.name == "__init__.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no sentence"

@@ -9,9 +9,9 @@ import numpy as np
 from flax import linen as nn
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from ahawam_jax.models.text_encoder import TextEncoderConfig, abstract_text_encoder_params
+from ahawam_jax.towers.text_encoder import TextEncoderConfig, abstract_text_encoder_params
+from ahawam_jax.towers.text_encoder_names import TABLE
 from ahawam_jax.weights.convert import load
-from ahawam_jax.weights.umt5 import TABLE
 
 CONFIG = TextEncoderConfig(
     vocab=90, dim=16, dim_attn=24, dim_ffn=20, num_heads=2, num_layers=2, num_buckets=8, max_distance=10,

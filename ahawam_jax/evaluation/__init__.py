@@ -1,0 +1,1 @@
+"""Closed loop in simulation, with intervals. Imports inference and the simulation; only commands import it."""

@@ -42,7 +42,7 @@ def read(folder: Path, results: Mapping[str, Any], about: dict) -> dict[str, Cal
     whole, is damaged or belongs to something else than `about`.
     """
     path = folder / ABOUT
-    again = "write it again with python -m ahawam_jax.compile_policy."
+    again = "write it again with ahawam compile-policy."
     if not path.is_file():
         raise ValueError(f"{folder} holds no compiled policy, {ABOUT} is missing; {again}")
     record = json.loads(path.read_text())

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ahawam_jax.checkpoints import CheckpointError, Checkpoints, find_step
 from ahawam_jax.inference import compiled
-from ahawam_jax.inference.sampling import denoise
-from ahawam_jax.latents import make_canvas
 from ahawam_jax.models.aha_wam import AhaWam, empty_memory, resident_params
 from ahawam_jax.models.config import PATCH, SPATIAL_STRIDE, ModelConfig
 from ahawam_jax.models.memory import PlannerContext, PlannerMemory
-from ahawam_jax.towers import VideoTower, build_text_tower, build_video_tower
-from ahawam_jax.training.checkpoints import CheckpointError, Checkpoints, find_step
-from ahawam_jax.training.step import pixels
+from ahawam_jax.sampling import denoise
+from ahawam_jax.towers.building import VideoTower, build_text_tower, build_video_tower
+from ahawam_jax.towers.encoding import pixels
+from ahawam_jax.towers.latents import make_canvas
 from data_pipelines.statistics import denormalize, normalize, pick_robot
 
 
@@ -150,7 +150,7 @@ class Policy:
     def load(
         cls, path: str | Path, robot: str | None = None, compiled_in: str | Path | None = None, **overrides: Any
     ) -> "Policy":
-        """From a workdir of ahawam_jax.train or one of its checkpoint steps.
+        """From a workdir of ahawam train or one of its checkpoint steps.
 
         robot: whose statistics to use, where the run was trained on several.
         compiled_in: folder of `save_compiled`, whose functions are used instead of traced ones.

@@ -8,15 +8,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ahawam_jax.latents import latent_folders, make_canvas, make_windows
 from ahawam_jax.models.config import ModelConfig
-from ahawam_jax.towers import TextTower, VideoTower
+from ahawam_jax.towers.building import TextTower, VideoTower
+from ahawam_jax.towers.latents import latent_folders, make_canvas, make_windows
 from ahawam_jax.training import sharding
+from data_pipelines.caches.frame_cache import DecodingFrames, Frames, open_frames
+from data_pipelines.caches.latent_cache import CachedLatents, Latents
 from data_pipelines.episodes import Episodes
-from data_pipelines.frame_cache import DecodingFrames, Frames, open_frames
-from data_pipelines.latent_cache import CachedLatents, Latents
 from data_pipelines.loader import Source, instructions
-from data_pipelines.robocoin import open_datasets
+from data_pipelines.readers.robocoin import open_datasets
 from data_pipelines.statistics import Statistics, compute_by_robot
 from data_pipelines.windows import WindowConfig
 

@@ -15,11 +15,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
+from ahawam_jax.checkpoints import Checkpoints, find_step
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import ModelConfig
-from ahawam_jax.towers import build_text_tower, build_video_tower
+from ahawam_jax.towers.building import build_text_tower, build_video_tower
 from ahawam_jax.training import sharding
-from ahawam_jax.training.checkpoints import Checkpoints, find_step
 from ahawam_jax.training.data import Data, open_data
 from ahawam_jax.training.objective import ObjectiveConfig
 from ahawam_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer

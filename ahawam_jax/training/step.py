@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from ahawam_jax.models.aha_wam import AhaWam, init
-from ahawam_jax.towers import VideoTower
+from ahawam_jax.towers.building import VideoTower
+from ahawam_jax.towers.encoding import encode
 from ahawam_jax.training.objective import ObjectiveConfig, joint_loss, sample_noise
 from ahawam_jax.training.optimizer import OptimizerConfig
 
@@ -25,38 +26,17 @@ class TrainState:
     opt_state: optax.OptState
     ema: Any  # like params, or None
 
+    @property
+    def deploy(self) -> Any:
+        """Parameters to deploy: the average, if there is one."""
+        return self.params if self.ema is None else self.ema
+
 
 def create_state(model: AhaWam, tx: optax.GradientTransformation, key: jax.Array, ema: bool) -> TrainState:
     """A fresh state whose leaves are boxed with their logical axes."""
     params = init(model, key)
     average = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
-
-
-def pixels(images: jax.Array) -> jax.Array:
-    """uint8 images -> float32 in [-1, 1], what every video tower takes."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
-
-
-def encode(batch: Batch, tower: VideoTower) -> Batch:
-    """Images of a batch -> latents, the keys `joint_loss` reads; what comes as latents from a cache stays."""
-
-    def singles(images: jax.Array) -> jax.Array:  # [B, n, H, W, 3] -> [B, n, c, 1, h, w]
-        batch, n = images.shape[:2]
-        latents = tower.encode(pixels(images.reshape(-1, 1, *images.shape[2:])))
-        return latents.reshape(batch, n, *latents.shape[1:])
-
-    def clip(images: jax.Array) -> jax.Array:  # [B, 1+4n, H, W, 3] -> [B, c, 1+n, h, w]
-        return tower.encode(pixels(images))
-
-    encoded = dict(batch)
-    for images, latents, by in (
-        ("video", "input_latents", clip),
-        ("observations", "obs_latents", singles),
-        ("history", "history_latents", singles),
-    ):
-        encoded[latents] = by(encoded.pop(images)) if images in batch else batch[latents].astype(jnp.float32)
-    return jax.lax.stop_gradient(encoded)
 
 
 def make_train_step(

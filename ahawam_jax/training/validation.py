@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ahawam_jax.inference.sampling import denoise
 from ahawam_jax.models.aha_wam import AhaWam
-from ahawam_jax.towers import VideoTower
+from ahawam_jax.sampling import denoise
+from ahawam_jax.towers.building import VideoTower
+from ahawam_jax.towers.encoding import encode
 from ahawam_jax.training.objective import recall_history, window
-from ahawam_jax.training.step import Batch, encode
+from ahawam_jax.training.step import Batch
 
 
 def make_open_loop_error(model: AhaWam, steps: int, shift: float) -> Callable[..., jax.Array]:

@@ -1,0 +1,1 @@
+"""Foreign files of weights and their names in our parameter tree. Imports models alone."""

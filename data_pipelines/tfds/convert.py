@@ -35,7 +35,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from data_pipelines.episodes import DatasetError, Episodes
-from data_pipelines.robocoin import subtasks
+from data_pipelines.readers.robocoin import subtasks
 from data_pipelines.tfds import layout
 from data_pipelines.tfds.builder import Source, builder, example
 

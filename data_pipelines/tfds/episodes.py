@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from data_pipelines.episodes import DatasetError
-from data_pipelines.reader import Reader, Rows
+from data_pipelines.readers.base import Reader, Rows
 from data_pipelines.tfds import layout
 
 FIELDS = {
@@ -22,7 +22,7 @@ FIELDS = {
 
 
 class Converted(Reader):
-    """A folder <out>/robot_episodes/<name>/1.0.0 that `data_pipelines.tfds` has written to the end.
+    """A folder <out>/robot_episodes/<name>/1.0.0 that `ahawam convert` has written to the end.
 
     Rows come from the parquet files; pictures from the ArrayRecord files, where fetching one frame reads its episode.
     """
@@ -119,7 +119,7 @@ def open_converted(root: str | Path) -> Converted:
     if not path.is_file() or not (root / layout.COMPLETE).is_file():
         raise DatasetError(
             f"{root} is not a whole converted dataset: expected {layout.CONVERSION} and {layout.COMPLETE}; run "
-            "`python -m data_pipelines.tfds` to the end."
+            "`ahawam convert` to the end."
         )
     try:
         content = json.loads(path.read_text())

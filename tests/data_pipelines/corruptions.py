@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.data_pipelines import test_robotwin as robotwin
 from tests.data_pipelines import tiny_dataset as tiny
+from tests.data_pipelines.readers import test_robotwin as robotwin
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "v2.1": lambda root: tiny.write_dataset(root, "v2.1"),

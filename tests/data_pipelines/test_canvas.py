@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import frame_cache
+from data_pipelines.caches import frame_cache
+from data_pipelines.caches.frame_cache import DecodingFrames, open_frames
 from data_pipelines.canvas import CAMERAS, Canvas
-from data_pipelines.episodes import DatasetError, open_episodes
-from data_pipelines.frame_cache import DecodingFrames, open_frames
+from data_pipelines.episodes import DatasetError
+from data_pipelines.readers.opening import open_episodes
 from tests.data_pipelines import tiny_dataset as tiny
 
 HEAD = tiny.CAMERAS["cam_high"]

@@ -5,16 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipelines.caches.frame_cache import open_frames
 from data_pipelines.canvas import CAMERAS, Canvas
-from data_pipelines.episodes import DatasetError, Episodes, open_episodes
-from data_pipelines.frame_cache import open_frames
-from data_pipelines.lerobot import LeRobotV21, LeRobotV30
-from data_pipelines.reader import Reader, Rows
-from data_pipelines.robotwin import RobotwinClassic, RobotwinXPolicyLab
+from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.readers.base import Reader, Rows
+from data_pipelines.readers.lerobot import LeRobotV21, LeRobotV30
+from data_pipelines.readers.opening import open_episodes
+from data_pipelines.readers.robotwin import RobotwinClassic, RobotwinXPolicyLab
 from data_pipelines.statistics import compute_statistics
 from data_pipelines.windows import WindowConfig, Windows
-from tests.data_pipelines import test_robotwin as robotwin
 from tests.data_pipelines import tiny_dataset as tiny
+from tests.data_pipelines.readers import test_robotwin as robotwin
 
 FORMATS = {
     LeRobotV21: lambda root: tiny.write_dataset(root, "v2.1"),

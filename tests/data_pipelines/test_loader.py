@@ -19,10 +19,11 @@ import numpy as np
 import psutil
 import pytest
 
+from data_pipelines.caches.frame_cache import DecodingFrames, open_frames
 from data_pipelines.canvas import Canvas
-from data_pipelines.episodes import Episodes, open_episodes
-from data_pipelines.frame_cache import DecodingFrames, open_frames
+from data_pipelines.episodes import Episodes
 from data_pipelines.loader import Batch, Source, evaluation_batches, instructions, make_loader
+from data_pipelines.readers.opening import open_episodes
 from data_pipelines.statistics import compute_statistics
 from data_pipelines.windows import WindowConfig, Windows
 from tests.conftest import REPOSITORY

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.episodes import DatasetError
-from data_pipelines.lerobot import open_lerobot
+from data_pipelines.readers.lerobot import open_lerobot
 from data_pipelines.statistics import (
     BATCH_ROWS,
     NAMES,

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from data_pipelines.episodes import Episodes, open_episodes
+from data_pipelines.episodes import Episodes
+from data_pipelines.readers.opening import open_episodes
 from data_pipelines.statistics import compute_statistics
 from data_pipelines.windows import WindowConfig, Windows
 from tests.data_pipelines import tiny_dataset as tiny

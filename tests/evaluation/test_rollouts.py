@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from scipy.stats import binomtest
 
-from ahawam_jax import evaluate
+from ahawam_jax.commands import evaluate
 from ahawam_jax.evaluation.rollouts import HEADER, Result, roll_out, wilson, write_sheet, write_video
 from data_pipelines.simulation.rendering import check_rendering
 
@@ -43,7 +43,7 @@ def test_video_and_sheet(tmp_path: Path) -> None:
 
 @needs_drawing
 def test_expert_solves_what_an_idle_arm_does_not(tmp_path: Path) -> None:
-    from ahawam_jax.demo import expert_actor
+    from ahawam_jax.commands.demo import expert_actor
 
     expert = roll_out("the expert", "transfer_cube", range(2), expert_actor(range(2)), 1, tmp_path)
     assert expert.success.all() and expert.held.all()

@@ -6,14 +6,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ahawam_jax.models.vae import VaeConfig
-from ahawam_jax.text_cache import prompt, write_entry
+from ahawam_jax.towers.text_cache import prompt, write_entry
+from ahawam_jax.towers.vae import VaeConfig
 from ahawam_jax.weights.safetensors_file import write_safetensors
 from export.to_tensorrt import build
 from export.to_torch import convert
 from tests import tiny_config
 from tests.export.test_to_torch import LENGTH, import_random, robotwin_config
-from tests.export.test_torch_vae import random_tensors
+from tests.export.twin.test_vae import random_tensors
 from tests.tiny_model import normal
 
 INSTRUCTIONS = ("open the drawer", "close the drawer")  # those of tests/data_pipelines/tiny_dataset.py

@@ -11,8 +11,8 @@ import torch
 from ahawam_jax.models.config import ModelConfig
 from export import benchmark
 from export.benchmark import JAX, LADDER, MODES, RELEASED, RELEASED_COMPILED, written
-from export.benchmark_models import STAGES, Models, chunk_bytes, exported_models, random_models, stage_bytes
-from export.ladder import Call, Ways
+from export.measure.ladder import Call, Ways
+from export.measure.models import STAGES, Models, chunk_bytes, exported_models, random_models, stage_bytes
 
 FLOAT = 4
 

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from export import to_tensorrt
-from export.engines import Engine, Gpu, engine_file, load_library, open_engines, read_engine_manifest
+from export.engines.engine import Engine, Gpu, engine_file, load_library, open_engines, read_engine_manifest
+from export.engines.onnx_graphs import GRAPHS, make_graphs, write_onnx
 from export.exported import load_export
 from export.manifest import FILE, ExportError, read_manifest
-from export.onnx_graphs import GRAPHS, make_graphs, write_onnx
 from export.to_tensorrt import TARGETS, build, build_engine, onnx_file
 from tests.conftest import REPOSITORY
 
 GPU = Gpu("NVIDIA GeForce RTX 5090 D", "12.0")
-REBUILD = r"remove .* and build again with python -m export.to_tensorrt .* --target rtx5090d\.$"
+REBUILD = r"remove .* and build again with ahawam to-tensorrt .* --target rtx5090d\.$"
 
 
 def source_of(export: Path) -> str:

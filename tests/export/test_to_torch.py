@@ -17,12 +17,12 @@ import pytest
 import torch
 from ml_collections import ConfigDict
 
-from ahawam_jax.import_weights import import_checkpoint
+from ahawam_jax.checkpoints import save_params
+from ahawam_jax.commands.import_weights import import_checkpoint
 from ahawam_jax.inference.policy import Policy
 from ahawam_jax.models.config import ModelConfig
-from ahawam_jax.models.vae import VaeConfig
-from ahawam_jax.text_cache import prompt, write_entry
-from ahawam_jax.training.checkpoints import save_params
+from ahawam_jax.towers.text_cache import prompt, write_entry
+from ahawam_jax.towers.vae import VaeConfig
 from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.release import payload, to_release
 from ahawam_jax.weights.safetensors_file import write_safetensors
@@ -37,10 +37,10 @@ from export.exported import load_export
 from export.manifest import FILE as MANIFEST
 from export.manifest import MODEL, TEXT, VAE, ExportError
 from export.to_torch import convert
-from export.torch_model import empty_memory
+from export.twin.model import empty_memory
 from tests import tiny_config
 from tests.conftest import REPOSITORY
-from tests.export.test_torch_vae import random_tensors
+from tests.export.twin.test_vae import random_tensors
 from tests.tiny_model import assert_close, normal, random_params
 
 INSTRUCTION = "stack the red cube"
@@ -259,14 +259,14 @@ def test_no_space_left_is_a_sentence(demo: Path, tmp_path: Path, monkeypatch: py
         path.with_name(path.name + ".partial").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ahawam_jax.export_weights.write_safetensors", fails)
+    monkeypatch.setattr("ahawam_jax.commands.export_weights.write_safetensors", fails)
     refused(demo, tmp_path / "out", "No space is left for .*out; free some, or give --out on another disk")
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(2**20, 2**20, 1000))
     refused(demo, tmp_path / "out", "has 0.00 GiB free, the export needs 0.00")
 
 
 def test_a_twin_that_deviates_is_not_exported(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.torch_layers.rotate", lambda x, cos, sin: x)
+    monkeypatch.setattr("export.twin.layers.rotate", lambda x, cos, sin: x)
     refused(demo, tmp_path / "out", "in PyTorch deviates from JAX by .*, expected at most 1e-03")
 
 

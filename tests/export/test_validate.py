@@ -11,16 +11,17 @@ import onnx
 import pytest
 import torch
 
-from ahawam_jax.latents import make_canvas
+from ahawam_jax.towers.latents import make_canvas
 from data_pipelines.canvas import CAMERAS
-from data_pipelines.episodes import open_episodes
-from export import subject, validate
-from export.blocks import FLOOR, locate
+from data_pipelines.readers.opening import open_episodes
+from export import validate
+from export.checks import subject
+from export.checks.blocks import FLOOR, locate
+from export.checks.samples import random_samples, recorded_samples
+from export.engines.onnx_graphs import make_graphs
 from export.exported import load_export
 from export.manifest import FILE as MANIFEST
 from export.manifest import ExportError, sha256
-from export.onnx_graphs import make_graphs
-from export.samples import random_samples, recorded_samples
 from export.to_tensorrt import onnx_file
 from export.validate import CHUNK, REFRESH, Row, main, markdown
 from tests.data_pipelines.tiny_dataset import write_dataset

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ahawam_jax import compile_policy
+from ahawam_jax.checkpoints import save_params
+from ahawam_jax.commands import compile_policy
 from ahawam_jax.inference.policy import Policy, PolicyConfig, load_run
 from ahawam_jax.models.aha_wam import AhaWam, abstract_params, resident_params
 from ahawam_jax.models.config import ModelConfig
-from ahawam_jax.training.checkpoints import save_params
 from ahawam_jax.weights.convert import flatten
 from configs import robotwin
 from data_pipelines.statistics import to_lists

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from ahawam_jax.inference.policy import Policy, PolicyConfig
-from ahawam_jax.inference.sampling import denoise
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import ModelConfig
-from ahawam_jax.models.towers import BlockTransform, HashedWords
+from ahawam_jax.sampling import denoise
+from ahawam_jax.towers.stand_ins import BlockTransform, HashedWords
 from tests.tiny_config import get_config
 from tests.tiny_model import random_params
 

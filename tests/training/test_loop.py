@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ahawam_jax.inference.policy import Policy
 from ahawam_jax.training.loop import train
-from data_pipelines.robocoin import LAYOUTS, load_subset, open_subset
+from data_pipelines.readers.robocoin import LAYOUTS, load_subset, open_subset
 from data_pipelines.statistics import compute_by_robot
 from tests.conftest import QUICK_COMPILE, REPOSITORY
 from tests.data_pipelines import tiny_dataset
@@ -49,7 +49,7 @@ def start(dataset: Path, cache: Path, workdir: Path, *extra: str) -> subprocess.
     env = {**os.environ, "XLA_FLAGS": QUICK_COMPILE, "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
     command = [
-        sys.executable, "-m", "ahawam_jax.train", "--config=tests/tiny_config.py", f"--workdir={workdir}",
+        sys.executable, "-m", "ahawam_jax", "train", "--config=tests/tiny_config.py", f"--workdir={workdir}",
         f"--config.data.path={dataset}", f"--config.data.cache={cache / 'frames'}", *extra,
     ]  # fmt: skip
     return subprocess.Popen(

@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ahawam_jax.checkpoints import CheckpointError, Checkpoints
 from ahawam_jax.models.aha_wam import AhaWam, abstract_params
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.models.dit import RESIDUAL_AXES
 from ahawam_jax.models.partitioning import constrain
-from ahawam_jax.models.towers import BlockTransform
+from ahawam_jax.towers.encoding import encode
+from ahawam_jax.towers.stand_ins import BlockTransform
 from ahawam_jax.training import sharding
-from ahawam_jax.training.checkpoints import CheckpointError, Checkpoints
 from ahawam_jax.training.loop import initial_state
 from ahawam_jax.training.objective import ObjectiveConfig, joint_loss, sample_noise
 from ahawam_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from ahawam_jax.training.step import TrainState, encode, make_train_step
+from ahawam_jax.training.step import TrainState, make_train_step
 from tests.tiny_config import get_config
 from tests.tiny_model import random_params
 

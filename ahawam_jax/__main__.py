@@ -1,0 +1,84 @@
+"""The one door: `ahawam COMMAND`, the same as `python -m ahawam_jax COMMAND`."""
+
+import difflib
+import importlib
+import sys
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """module: has `main(argv)`, returning an exit status or None.  extra: of pyproject.toml, where it needs one."""
+
+    group: str
+    module: str
+    about: str
+    extra: str = ""
+
+
+_COMMANDS = "ahawam_jax.commands"
+COMMANDS = {
+    "record": Command("data", f"{_COMMANDS}.record", "demonstrations of the scripted expert, as a dataset", "sim"),
+    "doctor": Command("data", f"{_COMMANDS}.doctor", "one page on a dataset: contents, faults, speed"),
+    "view": Command("data", f"{_COMMANDS}.view", "one episode as a video with its curves"),
+    "convert": Command("data", f"{_COMMANDS}.convert", "datasets to ArrayRecord shards for TFDS and grain", "tfds"),
+    "encode-text": Command("data", f"{_COMMANDS}.encode_text", "instructions through umT5, once, into a cache"),
+    "encode-video": Command("data", f"{_COMMANDS}.encode_video", "frames through the VAE, once, into a cache"),
+    "train": Command("train", f"{_COMMANDS}.train", "train, or go on where a run was stopped"),
+    "demo": Command("train", f"{_COMMANDS}.demo", "record, train and evaluate the demo in one go", "sim"),
+    "import-weights": Command("train", f"{_COMMANDS}.import_weights", "a release or Wan2.2 as a run to start from"),
+    "export-weights": Command("train", f"{_COMMANDS}.export_weights", "a run as a release .pt or as safetensors"),
+    "inspect": Command("look", f"{_COMMANDS}.inspect", "what a checkpoint, a weights file or a config holds"),
+    "verify": Command("look", f"{_COMMANDS}.verify", "recompute the fixtures of the released code here"),
+    "imagine": Command("look", f"{_COMMANDS}.imagine", "the future that the planner expects, as a video"),
+    "to-torch": Command("deploy", "export.to_torch", "a run as a folder for PyTorch, ONNX and TensorRT", "export"),
+    "to-tensorrt": Command("deploy", "export.to_tensorrt", "that folder as engines for one kind of GPU", "export"),
+    "validate": Command("deploy", "export.validate", "compare a deployment with JAX, graph by graph", "export"),
+    "benchmark": Command("deploy", "export.benchmark", "latency of a deployment against its floor", "export"),
+    "compile-policy": Command("serve", f"{_COMMANDS}.compile_policy", "trace a policy ahead of time for one device"),
+    "evaluate": Command("serve", f"{_COMMANDS}.evaluate", "a run in closed loop in simulation", "sim"),
+    "evaluate-export": Command("serve", "export.evaluate", "a deployment in the same simulation", "export"),
+}
+
+
+def overview() -> str:
+    """All commands, a line each, by group."""
+    lines = ["usage: ahawam COMMAND ... (or python -m ahawam_jax COMMAND ...); each has --help"]
+    group = ""
+    for name, command in COMMANDS.items():
+        if command.group != group:
+            group = command.group
+            lines += ["", group]
+        lines.append(f"  {name:16s} {command.about}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command that the first argument names; returns its exit status."""
+    argv = sys.argv[1:] if arguments is None else arguments
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if argv else 2
+    name = argv[0].replace("_", "-")
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {close[0]}?" if close else "ahawam --help lists them."
+        print(f"error: {argv[0]!r} is no command; {hint}", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    try:
+        module = importlib.import_module(command.module)
+    except ModuleNotFoundError as error:
+        if not command.extra or (error.name or "").partition(".")[0] in ("ahawam_jax", "data_pipelines", "export"):
+            raise
+        print(
+            f"error: ahawam {name} needs the package {error.name}, which is not installed; "
+            f"pip install 'ahawam-jax[{command.extra}]', or make test's environment, brings it.",
+            file=sys.stderr,
+        )
+        return 1
+    sys.argv = [f"ahawam {name}", *argv[1:]]
+    return int(module.main(argv[1:]) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""ahawam compile-policy CHECKPOINT --out DIR: trace a policy ahead of time.
+
+Writes the planner refresh and the whole chunk (encode, route, all Euler steps) as two functions of weights and
+observation, for one number of episodes and the kind of device it runs on. `Policy.load(CHECKPOINT, compiled_in=DIR)`
+runs them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from absl import logging
+
+from ahawam_jax.inference.policy import Policy
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="ahawam compile-policy", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    logging.set_verbosity(logging.ERROR)  # orbax reports every file it reads
+    parser.add_argument("checkpoint", type=Path, help="workdir of a run or an import, or one of its steps")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--episodes", type=int, default=1, help="episodes at a time (default %(default)s)")
+    parser.add_argument("--steps", type=int, help="Euler steps of the executor (default: config.policy.steps)")
+    parser.add_argument("--robot", help="whose statistics, where the run was trained on several")
+    options = parser.parse_args(argv)
+    overrides = {} if options.steps is None else {"steps": options.steps}
+    try:
+        policy = Policy.load(options.checkpoint, options.robot, **overrides)
+        policy.save_compiled(options.out, options.episodes)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    size = sum(path.stat().st_size for path in options.out.iterdir())
+    print(f"{options.out}: chunk and refresh for {options.episodes} episode(s), {size / 1e6:.1f} MB")
+    return 0

@@ -1,0 +1,108 @@
+"""The whole system in one command: record demonstrations, train, run in closed loop, print a table.
+
+    ahawam demo --config=configs/demo.py --workdir=runs/demo
+
+Every stage is skipped if its result is already there, so an interrupted demo goes on where it was.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ahawam_jax.commands.flags import CONFIG, WORKDIR, require, run_with_flags
+from ahawam_jax.evaluation.rollouts import HEADER, Actor, Result, policy_actor, roll_out
+from ahawam_jax.inference.policy import Policy
+from ahawam_jax.models.aha_wam import init
+from ahawam_jax.training.loop import Interrupted, train
+from data_pipelines.simulation.env import AlohaSim
+from data_pipelines.simulation.expert import plan
+from data_pipelines.simulation.rendering import POINTS, check_rendering
+
+TASK = "transfer_cube"
+EPISODES = 50  # unseen seeds 0 .. 49; demonstrations use 1000 and up
+PROCESSES = 2
+
+
+def _demo(argv: list[str]) -> None:
+    require(argv, CONFIG, WORKDIR)
+    config, workdir, began = CONFIG.value, Path(WORKDIR.value), time.monotonic()
+    problem = check_rendering()
+    if problem:
+        print(f"{problem}\nUntil then: camera views are drawn as dots, and evaluation is open loop only.", flush=True)
+        os.environ["MUJOCO_GL"] = POINTS
+        workdir = workdir / "without_drawing"  # nothing of it is taken for the real demo later
+        config.data.path, config.data.cache = str(workdir / "dataset"), str(workdir / "cache")
+    try:
+        record(config)
+        recorded = time.monotonic()
+        error = train(config, workdir / "run")
+        trained = time.monotonic()
+    except (ValueError, FileNotFoundError, FloatingPointError) as mistake:
+        sys.exit(f"error: {mistake}")
+    except Interrupted as stop:
+        sys.exit(str(stop))
+    report = [f"open-loop error on held-out demonstrations: {error:.4f} standard deviations of the actions"]
+    if not problem:
+        report = [HEADER, *(result.row() for result in evaluate(config, workdir)), "", *report]
+    report.append(
+        f"minutes: record {(recorded - began) / 60:.1f}, train {(trained - recorded) / 60:.1f}, "
+        f"evaluate {(time.monotonic() - trained) / 60:.1f}"
+    )
+    (workdir / "table.md").write_text("\n".join(report) + "\n")
+    print("\n" + "\n".join(report))
+    if not problem:
+        print(f"\nvideos and contact sheets: {workdir / 'rollouts'}")
+
+
+def record(config: ConfigDict) -> None:
+    """Demonstrations into config.data.path, in a process of its own that knows no JAX."""
+    if Path(config.data.path).exists():
+        return
+    command = [
+        sys.executable, "-m", "ahawam_jax", "record", "--task", TASK, "--episodes", str(config.data.episodes),
+        "--out", config.data.path, "--processes", str(PROCESSES),
+    ]  # fmt: skip
+    if subprocess.run(command, check=False).returncode:
+        sys.exit("error: recording the demonstrations failed, see above.")
+
+
+def evaluate(config: ConfigDict, workdir: Path) -> list[Result]:
+    """The table's rows: expert, trained policy, and the two controls."""
+    seeds, folder = range(EPISODES), workdir / "rollouts"
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = Policy.load(workdir / "run")
+    params = jax.jit(lambda: nn.unbox(init(trained.model, jax.random.key(1))))()
+    untrained = Policy(trained.model, params, config, trained.statistics, trained.config)
+    rows: list[tuple[str, Actor, int | None]] = [
+        ("scripted expert", expert_actor(seeds), None),
+        ("untrained", policy_actor(untrained, TASK, EPISODES), trained.config.refresh_every),
+        ("trained, blanked images", policy_actor(trained, TASK, EPISODES, blank=True), trained.config.refresh_every),
+        ("trained", policy_actor(trained, TASK, EPISODES), trained.config.refresh_every),
+    ]
+    results = []
+    for name, actor, refresh_every in rows:
+        results.append(roll_out(name, TASK, seeds, actor, PROCESSES, folder, refresh_every))
+        print(results[-1].row(), flush=True)
+    return results
+
+
+def expert_actor(seeds: range) -> Actor:
+    """The scripted expert, which sees the true pose of the cube."""
+    plans = []
+    for seed in seeds:
+        env = AlohaSim(TASK)
+        env.reset(seed)
+        plans.append(plan(env))
+    actions = np.stack(plans)
+    return lambda observation: actions
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_with_flags(_demo, argv)

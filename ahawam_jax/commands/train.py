@@ -1,0 +1,27 @@
+"""Trains AHA-WAM.
+
+    ahawam train --config=configs/demo.py --workdir=DIR [--config.optimizer.learning_rate=1e-4 ...]
+
+Resumes if DIR holds a checkpoint. Ctrl-C saves one and stops. Writes DIR/checkpoints, DIR/metrics.jsonl (a line per
+step) and DIR/tensorboard.
+"""
+
+import sys
+
+from ahawam_jax.commands.flags import CONFIG, WORKDIR, require, run_with_flags
+
+
+def _train(argv: list[str]) -> None:
+    require(argv, CONFIG, WORKDIR)
+    from ahawam_jax.training.loop import Interrupted, train
+
+    try:
+        train(CONFIG.value, WORKDIR.value)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except Interrupted as stop:
+        sys.exit(str(stop))
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_with_flags(_train, argv)

@@ -1,0 +1,2 @@
+"""Fixtures of the released code, and the checks that recompute them. Imports training and all below; only commands
+import it."""

@@ -1,0 +1,48 @@
+"""Recomputes a folder of fixtures and says how far off each is."""
+
+from pathlib import Path
+
+import jax
+
+from ahawam_jax.verification import model_checks, tower_checks
+from ahawam_jax.verification.fixtures import WEIGHTS, Suite
+
+
+def verify(folder: Path, only: list[str] | None = None) -> int:
+    """Checks a folder, prints a line per fixture and returns the number of failed ones."""
+    checks = model_checks.CHECKS | tower_checks.CHECKS
+    suite = Suite(folder)
+    unknown = sorted(set(only or ()) - set(suite.fixtures))
+    if unknown:
+        raise ValueError(f"No fixture named {', '.join(unknown)}; {folder} has {', '.join(suite.fixtures)}.")
+    failed, checked, later = 0, 0, []
+    print(f"{folder} on {jax.devices()[0].device_kind}, jax {jax.__version__}: worst relative error per fixture")
+    for name in only or suite.fixtures:
+        summary, damage = "", []
+        try:
+            fixture = suite.load(name)
+            damage = fixture.problems
+            if name not in checks:
+                if name not in WEIGHTS:
+                    later.append(name)
+                continue
+            with jax.default_matmul_precision("highest"):
+                checks[name](suite, fixture)
+            fixture.finish()
+            problems = fixture.problems
+            summary = f"{fixture.compared:4d} tensors, worst {fixture.worst[0]:.1e} ({fixture.worst[1]})"
+            problems = problems or ([] if fixture.compared else ["nothing in it was compared"])
+        except Exception as error:  # report every fixture, whatever is wrong with one of them
+            problems = [*damage, str(error) if isinstance(error, (FileNotFoundError, ValueError)) else repr(error)]
+        failed, checked = failed + bool(problems), checked + 1
+        print(f"  {'FAIL' if problems else 'ok  '}  {name:26s} {summary}", flush=True)
+        for problem in problems[:20]:
+            print(f"          {problem}")
+        if len(problems) > 20:
+            print(f"          and {len(problems) - 20} more")
+    if later:
+        print(f"  not covered by this version: {', '.join(later)}")
+    if not checked:
+        raise ValueError(f"Nothing was checked: none of {folder}'s fixtures belongs to this version.")
+    print("all match" if not failed else f"{failed} fixtures failed")
+    return failed

@@ -1,0 +1,241 @@
+"""What the doctor looks at: the rows of every episode, its videos, and how fast they decode.
+
+A problem is the very DatasetError that stops training, a warning is what training would take without a word.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+
+from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.loader import THREADS
+from data_pipelines.readers.base import BLOCK
+from data_pipelines.readers.lerobot import IMAGE_PREFIX, LeRobot
+from data_pipelines.windows import WindowConfig
+
+WINDOW = WindowConfig()  # the one RoboTwin is trained with
+SAMPLED = 5  # frames decoded of every video unless all are
+JUMP = 20.0  # standard deviations; by Chebyshev at most one row in 400 can change by more
+MEASURE_SECONDS = 0.4  # per camera and way of reading
+NAMED = 6  # examples in a warning
+
+
+@dataclass(frozen=True)
+class Check:
+    """Outcome of one look. problem: the reader's sentence, "" if there is none; so for the warning."""
+
+    problem: str = ""
+    warning: str = ""
+    codec: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Per dimension of a state or action, over whole episodes: all float64 [d].
+
+    frozen: share of episodes in which the dimension has a single value.
+    """
+
+    min: np.ndarray
+    mean: np.ndarray
+    max: np.ndarray
+    std: np.ndarray
+    frozen: np.ndarray
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Frames per second of one camera, decoded by one thread. random: as a window asks for them.
+
+    window_seconds: time for the frames of one window.
+    """
+
+    sequential: float
+    random: float
+    window_seconds: float
+
+
+# ---------------------------------------------------------------- one episode
+def check_rows(dataset: Episodes, episode: int) -> Check:
+    """Reads an episode's rows; the reader checks all of them."""
+    try:
+        dataset.states(episode)
+    except DatasetError as error:
+        return Check(str(error))
+    return Check()
+
+
+def check_frames(dataset: Episodes, promised: dict[Path, int], episode: int, camera: str, whole: bool) -> Check:
+    """Decodes frames of an episode, first and last among them; all of them if `whole` or if the video is too short.
+
+    promised: frames per video file, from `promised_frames`.
+    """
+    length = int(dataset.lengths[episode])
+    warning, codec = "", "JPEG"
+    try:
+        if isinstance(dataset, LeRobot):
+            path, _ = dataset.video(episode, IMAGE_PREFIX + camera)
+            found, codec = _header(path)
+            # The reader names the missing frame when it meets it, so it must come by.
+            whole |= found < promised[path]
+            if found > promised[path]:
+                warning = (
+                    f"{path} holds {found} frames, {promised[path]} belong to an episode; the rest is never read. "
+                    "Make sure that it is the video of these rows."
+                )
+        rows = np.arange(length) if whole else np.unique(np.linspace(0, length - 1, SAMPLED).astype(int))
+        for low in range(0, len(rows), BLOCK):
+            dataset.frames(episode, camera, rows[low : low + BLOCK])
+    except DatasetError as error:
+        return Check(str(error), warning, codec)
+    return Check("", warning, codec)
+
+
+def promised_frames(dataset: Episodes) -> dict[Path, int]:
+    """Number of frames that the episodes of a LeRobot dataset need in each of its video files."""
+    promised: dict[Path, int] = {}
+    for camera in dataset.cameras if isinstance(dataset, LeRobot) else ():
+        for episode, length in enumerate(dataset.lengths):
+            try:
+                path, first = dataset.video(episode, IMAGE_PREFIX + camera)
+            except DatasetError:  # told by check_frames
+                continue
+            promised[path] = max(promised.get(path, 0), first + int(length))
+    return promised
+
+
+def _header(path: Path) -> tuple[int, str]:
+    """Number of frames and codec as the file itself says, (0, "") where it cannot be opened."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            return stream.frames, stream.codec.canonical_name
+    except (av.error.FFmpegError, UnicodeDecodeError, IndexError, AttributeError):
+        return 0, ""
+
+
+# ---------------------------------------------------------------- all episodes
+def tabulate(episodes: Sequence[np.ndarray]) -> Table:
+    """episodes: at least one, each float32 [T, d]."""
+    rows = np.concatenate(episodes)
+    frozen = np.mean([np.ptp(episode, axis=0) == 0 for episode in episodes], axis=0)
+    mean, std = rows.mean(0, dtype=np.float64), rows.std(0, dtype=np.float64)
+    return Table(rows.min(0), mean, rows.max(0), std, frozen)
+
+
+def describe_rows(dataset: Episodes, healthy: Sequence[int]) -> Iterator[str]:
+    """Warnings about lengths, instructions, states and actions. healthy: episodes whose rows can be read."""
+    lengths, needed = dataset.lengths, WINDOW.rows + 1
+    short = np.flatnonzero(lengths < needed)
+    if len(short):
+        yield (
+            f"{len(short)} of {len(lengths)} episodes have fewer rows than a training window ({needed}), the shortest "
+            f"is episode {lengths.argmin()} with {lengths.min()}; the missing rows are padding."
+        )
+    empty = sum(not text.strip() for text in dataset.instructions)
+    if empty:
+        yield f"{empty} of {len(dataset.instructions)} instructions are empty; the policy cannot know what to do."
+    if not healthy:
+        return
+    states = [dataset.states(episode) for episode in healthy]
+    actions = [dataset.actions(episode) for episode in healthy]
+    for what, episodes, names in (("state", states, dataset.state_names), ("action", actions, dataset.action_names)):
+        yield from _frozen(what, episodes, names, healthy)
+        yield from _jumps(what, episodes, names, healthy)
+    if dataset.state_dim == dataset.action_dim:
+        if all(map(np.array_equal, states, actions)):
+            yield "Every action equals the state of its own row: the policy would learn to stand still."
+        elif dataset.state_names == dataset.action_names:
+            yield from _far_actions(np.concatenate(states), np.concatenate(actions), dataset.action_names)
+
+
+def _frozen(what: str, episodes: Sequence[np.ndarray], names: Sequence[str], numbers: Sequence[int]) -> Iterator[str]:
+    still = np.array([np.ptp(episode, axis=0) == 0 for episode in episodes])
+    dead = [numbers[place] for place in np.flatnonzero(still.all(1))]
+    if dead:
+        yield f"The {what} never changes in {_some('episode', dead)}; remove what shows a robot at rest."
+    counts = still.sum(0)
+    frozen = [f"{_label(names, d)} in {counts[d]}" for d in np.flatnonzero(counts > still.all(1).sum())]
+    if frozen:
+        yield f"The {what} has dimensions that stand still over whole episodes, of {len(still)}: {_listed(frozen)}."
+
+
+def _jumps(what: str, episodes: Sequence[np.ndarray], names: Sequence[str], numbers: Sequence[int]) -> Iterator[str]:
+    steps = [np.diff(episode.astype(np.float64), axis=0) for episode in episodes]
+    scale = np.concatenate(steps).std(0) if sum(map(len, steps)) else np.zeros(episodes[0].shape[1])
+    found = [(e, *place) for e, step in enumerate(steps) for place in np.argwhere(np.abs(step) > JUMP * scale)]
+    if found:
+        e, row, d = found[0]
+        yield (
+            f"Jumps of the {what}: {len(found)}, in {len({place[0] for place in found})} of {len(steps)} episodes, "
+            f"first in episode {numbers[e]} from row {row} to {row + 1}, {_label(names, d)}: {steps[e][row, d]:+.3g} "
+            f"(rule: more than {JUMP:g} standard deviations of the change from row to row, here {scale[d]:.2g})."
+        )
+
+
+def _far_actions(state: np.ndarray, action: np.ndarray, names: Sequence[str]) -> Iterator[str]:
+    low, high = state.min(0), state.max(0)
+    far = (action < 2 * low - high) | (action > 2 * high - low)
+    share = far.mean(0)
+    if far.any():
+        worst = [f"{_label(names, d)} {100 * share[d]:.1f}%" for d in np.argsort(-share) if share[d]]
+        yield (
+            "Actions lie outside the range of their states by more than its width (rule: below min - (max - min) or "
+            f"above max + (max - min)), share of rows: {_listed(worst)}; are the units the same?"
+        )
+
+
+def _label(names: Sequence[str], dimension: int) -> str:
+    return f"{dimension} ({names[dimension]})" if names else f"dimension {dimension}"
+
+
+def _some(what: str, numbers: Sequence[int]) -> str:
+    return f"{what}{'s' * (len(numbers) > 1)} {_listed([str(number) for number in numbers])}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(words[:NAMED]) + (f" and {len(words) - NAMED} more" if len(words) > NAMED else "")
+
+
+# ---------------------------------------------------------------- speed
+def measure(dataset: Episodes, camera: str, episodes: Sequence[int]) -> Speed:
+    """Decodes frames of `episodes`, at least one, forward and as windows that start anywhere."""
+    rng = np.random.default_rng(0)
+    history = -WINDOW.history_stride * np.arange(1, WINDOW.history_frames + 1)
+    window = np.concatenate([WINDOW.video_ratio * np.arange(WINDOW.video_frames), history])
+
+    def forward(episode: int) -> np.ndarray:
+        return np.arange(min(BLOCK, dataset.lengths[episode]))
+
+    def scattered(episode: int) -> np.ndarray:
+        last = int(dataset.lengths[episode]) - 1
+        return np.unique(np.clip(rng.integers(last + 1) + window, 0, last))
+
+    sequential, _ = _rate(dataset, camera, episodes, forward)
+    random, seconds = _rate(dataset, camera, episodes, scattered)
+    return Speed(sequential, random, seconds)
+
+
+def _rate(
+    dataset: Episodes, camera: str, episodes: Sequence[int], choose: Callable[[int], np.ndarray]
+) -> tuple[float, float]:
+    """Frames per second, and seconds per call."""
+    frames = calls = 0
+    begin = time.perf_counter()
+    while not calls or time.perf_counter() - begin < MEASURE_SECONDS:
+        episode = episodes[calls % len(episodes)]
+        rows = choose(episode)
+        dataset.frames(episode, camera, rows)
+        frames, calls = frames + len(rows), calls + 1
+    seconds = time.perf_counter() - begin
+    return frames / seconds, seconds / calls
+
+
+def loader_threads() -> int:
+    """How many windows the loader decodes at a time on this machine."""
+    return min(THREADS, os.cpu_count() or 1)

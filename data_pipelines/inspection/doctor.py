@@ -1,0 +1,234 @@
+"""One page on a dataset, and whether it can be trained on.
+
+Exit status 0: fine, with or without warnings.  1: problems, each the sentence that would stop training.
+130: interrupted; the page covers what was looked at until then.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from data_pipelines.canvas import CAMERAS
+from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.inspection.checks import (
+    SAMPLED,
+    WINDOW,
+    Check,
+    Speed,
+    Table,
+    check_frames,
+    check_rows,
+    describe_rows,
+    loader_threads,
+    measure,
+    promised_frames,
+    tabulate,
+)
+from data_pipelines.readers.lerobot import LeRobotV21, LeRobotV30
+from data_pipelines.readers.opening import open_episodes
+from data_pipelines.readers.robotwin import RobotwinClassic, RobotwinXPolicyLab
+
+FORMATS = {
+    LeRobotV21: "LeRobot v2.1",
+    LeRobotV30: "LeRobot v3.0",
+    RobotwinClassic: "RoboTwin, classic form",
+    RobotwinXPolicyLab: "RoboTwin, XPolicyLab form",
+}
+NEEDED = {"three": CAMERAS, "head": CAMERAS[:1], "mapped": ()}  # cameras that training asks for
+LISTED = 20  # problems and warnings written out
+EXAMPLES = 3  # instructions written out
+MEASURED = 3  # episodes whose decoding is timed
+REPORT_SECONDS = 5.0
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+@dataclass
+class Findings:
+    """What the checks have found so far.
+
+    problems: sentence -> the episodes it is about.  warnings: each once, in order.  rows_read: episodes with healthy
+    rows.  codecs: of each camera.  left: checks not done, because somebody pressed Ctrl-C.
+    """
+
+    problems: dict[str, list[int]] = field(default_factory=dict)
+    warnings: dict[str, None] = field(default_factory=dict)
+    rows_read: list[int] = field(default_factory=list)
+    codecs: dict[str, set[str]] = field(default_factory=dict)
+    left: int = 0
+
+    def add(self, check: Check, episode: int, camera: str | None) -> None:
+        if check.problem:
+            self.problems.setdefault(check.problem, []).append(episode)
+        elif camera is None:
+            self.rows_read.append(episode)
+        if check.warning:
+            self.warnings[check.warning] = None
+        if check.codec:
+            self.codecs.setdefault(camera, set()).add(check.codec)
+
+    def healthy(self) -> list[int]:
+        """Episodes without any problem."""
+        ill = {episode for episodes in self.problems.values() for episode in episodes}
+        return [episode for episode in self.rows_read if episode not in ill]
+
+
+def diagnose(path: Path, cameras: str, fast: bool, full: bool) -> int:
+    """Prints the page on a dataset and returns the exit status.
+
+    cameras: a key of NEEDED.  fast: no pictures.  full: every frame of every video.
+    """
+    try:
+        dataset = open_episodes(path)
+    except DatasetError as error:
+        return _verdict(Findings({str(error): []}), "the metadata")
+    _print(_description(dataset))
+    findings = examine(dataset, NEEDED[cameras], videos=not fast, whole=full)
+    if findings.rows_read:
+        _print(_tables(dataset, findings.rows_read))
+    if not findings.left:
+        findings.warnings |= dict.fromkeys(describe_rows(dataset, findings.rows_read))
+        if not fast:
+            with suppress(KeyboardInterrupt):  # what was found stands without the speed
+                _print(_speeds(dataset, findings))
+    frames = "every frame" if full else f"{SAMPLED} frames of every video"
+    return _verdict(findings, "metadata and rows" if fast else f"metadata, rows and {frames}")
+
+
+def examine(dataset: Episodes, cameras: Sequence[str], videos: bool, whole: bool) -> Findings:
+    """Looks at the rows, and if `videos` at the pictures, of every episode; all frames if `whole`.
+
+    cameras: what it must have.
+    """
+    findings = Findings()
+    try:
+        dataset.require_cameras(cameras)
+    except DatasetError as error:
+        findings.problems[str(error)] = []
+    episodes = range(len(dataset.lengths))
+    checks: list[tuple[int, str | None, Callable[[], Check]]]
+    checks = [(episode, None, partial(check_rows, dataset, episode)) for episode in episodes]
+    if videos:
+        promised = promised_frames(dataset)
+        checks += [
+            (episode, camera, partial(check_frames, dataset, promised, episode, camera, whole))
+            for episode in episodes
+            for camera in dataset.cameras
+        ]
+    done, begin = 0, time.monotonic()
+    said = begin
+    # Decoding runs outside the interpreter lock.
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        futures = [pool.submit(check) for _, _, check in checks]
+        for done, ((episode, camera, _), future) in enumerate(zip(checks, futures, strict=True)):
+            findings.add(future.result(), episode, camera)
+            now = time.monotonic()
+            if now - said > REPORT_SECONDS:
+                said, rate = now, (done + 1) / (now - begin)
+                left = (len(checks) - done - 1) / rate
+                print(f"{done + 1}/{len(checks)} checks, {rate:.1f}/s, {left:.0f} s left", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        findings.left = len(checks) - done
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return findings
+
+
+# ---------------------------------------------------------------- the page
+def _description(dataset: Episodes) -> Iterator[str]:
+    rows, lengths = int(dataset.lengths.sum()), dataset.lengths
+    yield f"{dataset.root}: {FORMATS[type(dataset)]}, robot {dataset.robot or 'not recorded'}"
+    yield (
+        f"episodes      {len(lengths)} of {lengths.min()} to {lengths.max()} rows, {rows} rows together, "
+        f"{_duration(rows / dataset.fps)} at {dataset.fps:.5g} rows per second"
+    )
+    cameras = (f"{camera} {height}x{width}" for camera, (height, width) in dataset.cameras.items())
+    yield f"cameras       {', '.join(cameras) or 'none'} (height x width)"
+    yield f"state, action {dataset.state_dim} and {dataset.action_dim} numbers"
+    texts = dataset.instructions
+    examples = ", ".join(repr(text) for text in texts[:EXAMPLES])
+    yield f"instructions  {len(texts)} distinct: {examples}{', ...' if len(texts) > EXAMPLES else ''}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.1f} s"
+
+
+def _tables(dataset: Episodes, episodes: Sequence[int]) -> Iterator[str]:
+    tables = (
+        ("state", dataset.state_names, tabulate([dataset.states(episode) for episode in episodes])),
+        ("action", dataset.action_names, tabulate([dataset.actions(episode) for episode in episodes])),
+    )
+    for what, names, table in tables:
+        yield ""
+        yield from _table(what, names or [""] * len(table.mean), table)
+    yield f"frozen: share of the {len(episodes)} episodes in which the dimension does not change"
+
+
+def _table(what: str, names: Sequence[str], table: Table) -> Iterator[str]:
+    wide = max(len(what), *(len(name) + 3 for name in names))
+    yield f"{what:{wide}}" + "".join(f"{name:>11}" for name in ("min", "mean", "max", "std", "frozen"))
+    columns = zip(names, table.min, table.mean, table.max, table.std, table.frozen, strict=True)
+    for place, (name, *values, frozen) in enumerate(columns):
+        yield f"{f'{place:2} {name}':{wide}}" + "".join(f"{v:11.4g}" for v in values) + f"{frozen:11.0%}"
+
+
+def _speeds(dataset: Episodes, findings: Findings) -> Iterator[str]:
+    healthy = findings.healthy()
+    if not healthy or not dataset.cameras:
+        return
+    few = healthy[:: -(-len(healthy) // MEASURED)]
+    speeds: dict[str, Speed] = {camera: measure(dataset, camera, few) for camera in dataset.cameras}
+    wide = max(map(len, speeds))
+    yield ""
+    yield f"{'camera':{wide}}      codec  frames/s in order  frames/s at random (one thread)"
+    for camera, speed in speeds.items():
+        codec = "+".join(sorted(findings.codecs[camera]))
+        yield f"{camera:{wide}} {codec:>10}{speed.sequential:19.0f}{speed.random:20.0f}"
+    if set(CAMERAS) <= speeds.keys():
+        threads = loader_threads()
+        rate = threads / sum(speeds[camera].window_seconds for camera in CAMERAS)
+        yield (
+            f"Estimate: the loader decodes {rate:.1f} RoboTwin windows ({WINDOW.video_frames} + "
+            f"{WINDOW.history_frames} frames x {len(CAMERAS)} cameras) per second with {threads} threads, if each "
+            "keeps this speed; composing the canvases comes on top."
+        )
+
+
+def _verdict(findings: Findings, looked_at: str) -> int:
+    """Prints problems and warnings; the exit status."""
+    for kind, sentences in (("warning", findings.warnings), ("problem", findings.problems)):
+        if sentences:
+            print()
+        for sentence in list(sentences)[:LISTED]:
+            episodes = findings.problems.get(sentence, [])
+            # Several episodes share a file; their number tells how much is lost with it.
+            shared = f" [in {len(episodes)} episodes]" if len(episodes) > 1 else ""
+            print(f"{kind}: {sentence}{shared}")
+        if len(sentences) > LISTED:
+            print(f"... and {len(sentences) - LISTED} more {kind}s")
+    print()
+    counts = f"{_count(findings.problems, 'problem')}, {_count(findings.warnings, 'warning')} in {looked_at}"
+    if findings.left:
+        print(f"Interrupted with {findings.left} checks left; so far {counts}.")
+        return INTERRUPTED
+    print(f"{counts}. {'Training would stop.' if findings.problems else 'Fit for training.'}")
+    return int(bool(findings.problems))
+
+
+def _count(found: dict, what: str) -> str:
+    return f"{len(found) or 'no'} {what}{'' if len(found) == 1 else 's'}"
+
+
+def _print(lines: Iterator[str]) -> None:
+    for line in lines:
+        print(line, flush=True)

@@ -1,0 +1,29 @@
+"""Opens a dataset, whatever its format: the one place that knows all of them."""
+
+from pathlib import Path
+
+from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.readers.lerobot import INFO, open_lerobot
+from data_pipelines.readers.robotwin import episode_files, open_robotwin
+from data_pipelines.tfds.episodes import open_converted
+from data_pipelines.tfds.layout import CONVERSION
+
+
+def open_episodes(path: str | Path) -> Episodes:
+    """Opens the dataset in a folder, whichever of the known formats it has.
+
+    LeRobot v2.1 or v3.0: a folder with meta/info.json. RoboTwin, classic or XPolicyLab form: a folder with
+    episode*.hdf5, or with a folder data/ of them. What `ahawam convert` wrote: a folder with
+    conversion.json. Raises DatasetError for anything else.
+    """
+    root = Path(path)
+    if (root / INFO).is_file():
+        return open_lerobot(root)
+    if episode_files(root):
+        return open_robotwin(root)
+    if (root / CONVERSION).is_file():
+        return open_converted(root)
+    raise DatasetError(
+        f"{root} {'is no dataset' if root.is_dir() else 'is not a folder'}: looked for {INFO} (LeRobot v2.1, v3.0), "
+        f"for episode*.hdf5 or data/episode*.hdf5 (RoboTwin) and for {CONVERSION} (written by ahawam convert)."
+    )

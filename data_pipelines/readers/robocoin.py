@@ -1,0 +1,349 @@
+"""RoboCOIN: many robots brought to one vector and three views, chosen and weighted by a subset file.
+
+A RoboCOIN dataset is LeRobot v2.1, one folder per robot and task. Which number is which joint, and how the cameras
+are called, varies by robot: both are mapped by name, never by place.
+"""
+
+import hashlib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.readers.lerobot import INFO, LeRobotV21
+from data_pipelines.readers.opening import open_episodes
+
+SUBTASKS = "annotations/subtask_annotations.jsonl"
+SUBTASK_COLUMN = "subtask_annotation"
+JOINT = re.compile(r"(left|right)_(arm_joint_\d+_rad|gripper_open_scale)")
+UNITS = {"_rad": "rad", "_open_scale": "0 closed .. 1 open"}  # by the end of a number's name
+
+
+class UnmappableError(DatasetError):
+    """A robot or its cameras do not fit the layout; the subset file may say to skip such a dataset."""
+
+
+# ---------------------------------------------------------------- vectors
+def unit_of(name: str) -> str:
+    """Unit of a number in a vector, "" where its name does not tell."""
+    return next((unit for end, unit in UNITS.items() if name.endswith(end)), "")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A vector of joints in fixed order, the same for every robot mapped to it.
+
+    names: one per number, as RoboCOIN writes them in info.json.
+    """
+
+    names: tuple[str, ...]
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What each number is measured in."""
+        return tuple(unit_of(name) for name in self.names)
+
+    def places(self, names: Sequence[str], where: str) -> np.ndarray:
+        """Where in a robot's vector with these names the layout's numbers are, int64 [len(self.names)].
+
+        `where` begins the sentence of an UnmappableError: the robot lacks a joint, names it twice, or has one more.
+        Numbers that are no joints (poses of the hands) are left out.
+        """
+        missing = [name for name in self.names if name not in names]
+        twice = sorted({name for name in self.names if names.count(name) > 1})
+        extra = [name for name in names if JOINT.fullmatch(name) and name not in self.names]
+        for problem, found in (("lacks", missing), ("names twice", twice), ("has beyond the layout", extra)):
+            if found:
+                raise UnmappableError(
+                    f"{where} {problem} {', '.join(found)}; its names are {', '.join(names) or 'not recorded'}. "
+                    f'Choose another layout ({", ".join(LAYOUTS)}) or set if_unmappable = "skip" in the subset file.'
+                )
+        return np.array([names.index(name) for name in self.names])
+
+
+def _two_arms(joints: int) -> Layout:
+    return Layout(
+        tuple(
+            f"{side}_{what}"
+            for side in ("left", "right")
+            for what in (*(f"arm_joint_{n}_rad" for n in range(1, joints + 1)), "gripper_open_scale")
+        )
+    )
+
+
+LAYOUTS = {"two_6dof_arms": _two_arms(6), "two_7dof_arms": _two_arms(7)}
+
+# ---------------------------------------------------------------- cameras
+# What recordings call the three views. Of a head with two lenses the left one counts.
+CAMERAS = {
+    "cam_high": (
+        "cam_high", "cam_high_rgb", "cam_head_rgb", "cam_head_left_rgb", "cam_front_head_rgb", "cam_high_left_rgb",
+    ),
+    "cam_left_wrist": ("cam_left_wrist", "cam_left_wrist_rgb"),
+    "cam_right_wrist": ("cam_right_wrist", "cam_right_wrist_rgb"),
+}  # fmt: skip
+
+
+def find_cameras(recorded: Sequence[str], where: str) -> dict[str, str]:
+    """{view: recorded camera} for all three views. Raises UnmappableError unless each has exactly one candidate."""
+    chosen = {}
+    for view, known in CAMERAS.items():
+        found = [name for name in recorded if name in known]
+        if len(found) != 1:
+            raise UnmappableError(
+                f"{where} has {' and '.join(found) or 'no known camera'} for {view} among its cameras "
+                f"{', '.join(recorded) or '(none)'}; name the views to use in the subset file, as in "
+                f'cameras = {{ {view} = "..." }}.'
+            )
+        chosen[view] = found[0]
+    return chosen
+
+
+# ---------------------------------------------------------------- datasets
+class RoboCoin(LeRobotV21):
+    """A RoboCOIN dataset with its annotation of subtasks."""
+
+    def __init__(self, root: Path, info: dict[str, Any]) -> None:
+        super().__init__(root, info)
+        self._subtasks = _read_subtasks(root / SUBTASKS)
+
+    def subtasks(self, episode: int) -> list[str]:
+        """What the robot is doing in each row, "" where nothing is annotated; several at a time are joined by "; ".
+
+        The column subtask_annotation holds five numbers per row, -1 for an unused one; each is the subtask_index of
+        a line of annotations/subtask_annotations.jsonl, {"subtask_index": 3, "subtask": "Lift the cup"}. Assumed
+        here, since RoboCOIN does not define it: the subtask "null" means that there is none.
+        """
+        path = self._data_path(episode)
+        try:
+            column = pq.read_table(path, columns=[SUBTASK_COLUMN])[SUBTASK_COLUMN].to_pylist()
+            return ["; ".join(dict.fromkeys(filter(None, map(self._subtask, row)))) for row in column]
+        except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+            raise DatasetError(
+                f"{path}: every row of {SUBTASK_COLUMN} must hold numbers listed in {self.root / SUBTASKS}, or -1 "
+                f"({error!r}); copy the dataset again."
+            ) from error
+
+    def _subtask(self, number: int) -> str:
+        return "" if number == -1 else self._subtasks[number]
+
+
+def open_robocoin(root: str | Path) -> Episodes:
+    """The dataset in a folder; with `subtasks` where it is LeRobot v2.1 and has annotations of them."""
+    dataset = open_episodes(root)
+    if isinstance(dataset, LeRobotV21) and (dataset.root / SUBTASKS).is_file():
+        return RoboCoin(dataset.root, json.loads((dataset.root / INFO).read_bytes()))
+    return dataset
+
+
+def subtasks(dataset: Episodes, episode: int) -> list[str]:
+    """One text per row of any dataset, "" where subtasks were not annotated."""
+    read = getattr(dataset, "subtasks", None)
+    return read(episode) if read else [""] * int(dataset.lengths[episode])
+
+
+class Mapped(Episodes):
+    """Another dataset with its vectors in a layout's order and its cameras under the names of the views.
+
+    cameras: {view: camera of the source}, by default `find_cameras`.  robot: name of the embodiment.
+    Raises UnmappableError where the source does not fit, DatasetError where it lacks a camera of `cameras`.
+    """
+
+    def __init__(self, source: Episodes, layout: Layout, robot: str, cameras: Mapping[str, str] | None = None) -> None:
+        where = f"{source.root} (robot {robot!r})"
+        self._source = source
+        self._state = layout.places(source.state_names, f"{where}: the state")
+        self._action = layout.places(source.action_names, f"{where}: the action")
+        self._cameras = dict(cameras) if cameras is not None else find_cameras(list(source.cameras), where)
+        source.require_cameras(list(self._cameras.values()))
+        self.root, self.robot, self.fps, self.layout = source.root, robot, source.fps, layout
+        self.lengths, self.starts, self.instructions = source.lengths, source.starts, source.instructions
+        self.cameras = {view: source.cameras[camera] for view, camera in self._cameras.items()}
+        self.state_names = self.action_names = layout.names
+        self.state_dim = self.action_dim = len(layout.names)
+
+    def states(self, episode: int) -> np.ndarray:
+        return self._source.states(episode)[:, self._state]
+
+    def actions(self, episode: int) -> np.ndarray:
+        return self._source.actions(episode)[:, self._action]
+
+    def timestamps(self, episode: int) -> np.ndarray:
+        return self._source.timestamps(episode)
+
+    def instruction_index(self, episode: int) -> int:
+        return self._source.instruction_index(episode)
+
+    def instruction(self, episode: int) -> str:
+        return self._source.instruction(episode)
+
+    def subtasks(self, episode: int) -> list[str]:
+        """See `subtasks`."""
+        return subtasks(self._source, episode)
+
+    def frames(self, episode: int, camera: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        self.require_cameras([camera])
+        return self._source.frames(episode, self._cameras[camera], indices)
+
+    def identity(self) -> str:
+        return hashlib.sha256(json.dumps([self._source.identity(), self._cameras]).encode()).hexdigest()
+
+    def require_cameras(self, names: Sequence[str]) -> None:
+        missing = [name for name in names if name not in self.cameras]
+        if missing:
+            raise DatasetError(
+                f"{self.root} is mapped without {', '.join(missing)}; it has: {', '.join(self.cameras)}. Name the "
+                "camera in the subset file."
+            )
+
+
+# ---------------------------------------------------------------- subset files
+@dataclass(frozen=True)
+class Entry:
+    """A dataset of a subset file.
+
+    name: what it is called from then on, of letters, digits, dots, _ and -.  path: its folder, relative to the subset
+    file.  weight: its share of a mixture is weight / sum of weights.  robot: name of the embodiment, in place of the
+    recorded one; datasets of one robot share statistics.  layout: of LAYOUTS.  cameras: {view: recorded camera}, only
+    these views are used; left out, all three are found by name.  if_unmappable: "error", or "skip" to go on without
+    this dataset.
+    """
+
+    name: str
+    path: Path
+    weight: float
+    robot: str
+    layout: str
+    cameras: Mapping[str, str] | None = field(default=None, hash=False)
+    if_unmappable: str = "error"
+
+    def open(self) -> Mapped:
+        """The dataset in its layout."""
+        return Mapped(open_robocoin(self.path), LAYOUTS[self.layout], self.robot, self.cameras)
+
+
+def load_subset(path: str | Path) -> list[Entry]:
+    """The datasets of a subset file, a TOML file with a table [[dataset]] for each, in its order.
+
+    Raises DatasetError, naming the file and the dataset, for whatever is missing, misspelled or of the wrong kind.
+    Opens no dataset.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DatasetError(f"{path} does not exist; see data_pipelines/robocoin_example.toml for a subset file.")
+    try:
+        content = tomllib.loads(path.read_text())
+    except ValueError as error:
+        raise DatasetError(f"{path} is not valid TOML: {error}; correct it.") from error
+    tables = content.pop("dataset", None)
+    if content or not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
+        raise DatasetError(
+            f"{path} must hold tables [[dataset]], at least one, and nothing else; found "
+            f"{', '.join([*content, *(['dataset'] if tables is not None else [])]) or 'nothing'}."
+        )
+    entries = [_entry(table, f"{path}, dataset {number}", path.parent) for number, table in enumerate(tables, 1)]
+    names = [entry.name for entry in entries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DatasetError(f"{path} names {', '.join(twice)} more than once; give every dataset its own name.")
+    return entries
+
+
+def open_subset(entries: Sequence[Entry]) -> tuple[dict[str, Mapped], dict[str, str]]:
+    """({name: dataset}, {name: why it was skipped}). Only what an entry allows to skip is skipped."""
+    opened, skipped = {}, {}
+    for entry in entries:
+        try:
+            opened[entry.name] = entry.open()
+        except UnmappableError as error:
+            if entry.if_unmappable == "error":
+                raise
+            skipped[entry.name] = str(error)
+    return opened, skipped
+
+
+def open_datasets(path: str | Path) -> list[tuple[Episodes, float]]:
+    """The datasets at a path and their weights: the one in a folder, or all of a subset file (.toml).
+
+    What a subset file allows to skip, and does not fit, is named on stdout and left out.
+    """
+    if Path(path).suffix != ".toml":
+        return [(open_episodes(path), 1.0)]
+    entries = load_subset(path)
+    opened, skipped = open_subset(entries)
+    for name, reason in skipped.items():
+        print(f"skipping {name}: {reason}", flush=True)
+    if not opened:
+        raise DatasetError(f"{path}: every dataset was skipped; correct the layouts or cameras of at least one.")
+    return [(opened[entry.name], entry.weight) for entry in entries if entry.name in opened]
+
+
+def _entry(table: dict[str, Any], where: str, folder: Path) -> Entry:
+    where = f"{where} ({table['name']})" if "name" in table else where
+    optional = [key for key in _RULES if key in ("cameras", "if_unmappable")]
+    unknown = [key for key in table if key not in _RULES]
+    missing = [key for key in _RULES if key not in table and key not in optional]
+    if unknown or missing:
+        raise DatasetError(
+            f"{where}: {'unknown ' + ', '.join(unknown) if unknown else 'lacks ' + ', '.join(missing)}; a dataset has "
+            f"{', '.join(key for key in _RULES if key not in optional)} and may have {' and '.join(optional)}."
+        )
+    for key, value in table.items():
+        kind, holds, expected = _RULES[key]
+        if not isinstance(value, kind) or isinstance(value, bool) or not holds(value):
+            raise DatasetError(f"{where}: {key} is {value!r}, expected {expected}.")
+    return Entry(**table | {"path": folder / table["path"]})
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can name a dataset or robot: letters, digits, dots, _ and -, the first a letter or digit."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is not None
+
+
+def _are_views(value: dict[str, Any]) -> bool:
+    names = [name for name in value.values() if isinstance(name, str) and name]
+    return "cam_high" in value and value.keys() <= CAMERAS.keys() and len(set(names)) == len(value)
+
+
+# Of each entry of a [[dataset]]: its kind, a test, and what was expected.
+_RULES: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool], str]] = {
+    "name": (str, is_name, "letters, digits, dots, _ and -"),
+    "path": (str, bool, "the dataset's folder"),
+    "weight": ((int, float), lambda value: 0 < value < math.inf, "a positive number"),
+    "robot": (str, is_name, "letters, digits, dots, _ and -"),
+    "layout": (str, LAYOUTS.__contains__, f"one of {', '.join(LAYOUTS)}"),
+    "cameras": (
+        dict,
+        _are_views,
+        f"a table of the views {', '.join(CAMERAS)}, cam_high among them, each with a recorded camera of its own",
+    ),
+    "if_unmappable": (str, ("error", "skip").__contains__, '"error" or "skip"'),
+}
+
+
+def _read_subtasks(path: Path) -> dict[int, str]:
+    """{subtask_index: text}, "" for the subtask "null"."""
+    found: dict[int, str] = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            index, text = record["subtask_index"], record["subtask"]
+            if not isinstance(index, int) or not isinstance(text, str) or index in found:
+                raise ValueError("not a number and a text of its own")
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(
+                f'{path}, line {number}, must be {{"subtask_index": a number, "subtask": "a text"}}, each number once '
+                f"({error!r}); copy the dataset again."
+            ) from error
+        found[index] = "" if text == "null" else text
+    return found

@@ -1,0 +1,1 @@
+"""ONNX graphs, and engines that run them. Imports twin, exported and manifest."""

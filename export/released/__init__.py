@@ -1,0 +1,1 @@
+"""Inference as the released code does it, restated, only for comparison. Imports nothing else of export."""

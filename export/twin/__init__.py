@@ -1,0 +1,1 @@
+"""The PyTorch twin of the inference modules. Imports nothing else of export."""

@@ -1,0 +1,279 @@
+"""RoboCOIN: joints and cameras found by name, subtasks as text, and subset files that say what is wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipelines.episodes import DatasetError
+from data_pipelines.readers import robocoin
+from data_pipelines.readers.opening import open_episodes
+from data_pipelines.readers.robocoin import (
+    LAYOUTS,
+    Entry,
+    Mapped,
+    UnmappableError,
+    find_cameras,
+    load_subset,
+    open_robocoin,
+    open_subset,
+    subtasks,
+)
+from tests.data_pipelines import tiny_dataset as tiny
+from tests.data_pipelines import tiny_robocoin as coin
+
+SIX, SEVEN = LAYOUTS["two_6dof_arms"], LAYOUTS["two_7dof_arms"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return coin.write_robocoin(tmp_path_factory.mktemp("coin") / "set")
+
+
+@pytest.fixture
+def broken(root: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(root, tmp_path / "broken")
+
+
+def test_identity_follows_the_cameras(root: Path) -> None:
+    source = open_episodes(root)
+    swapped = coin.CAMERAS | {"cam_left_wrist": "cam_right_wrist_rgb", "cam_right_wrist": "cam_left_wrist_rgb"}
+    datasets = [source, Mapped(source, SIX, "a"), Mapped(source, SIX, "a", swapped)]
+    assert len({dataset.identity() for dataset in datasets}) == 3
+    assert datasets[1].identity() == Mapped(source, SIX, "b", coin.CAMERAS).identity()
+
+
+# ---------------------------------------------------------------- vectors
+def test_layouts_and_units() -> None:
+    assert len(SIX.names) == 14 and len(SEVEN.names) == 16
+    assert SIX.names[0] == "left_arm_joint_1_rad" and SIX.names[6] == "left_gripper_open_scale"
+    assert SEVEN.names[8] == "right_arm_joint_1_rad" and SEVEN.names[15] == "right_gripper_open_scale"
+    assert SIX.units == ("rad",) * 6 + ("0 closed .. 1 open",) + ("rad",) * 6 + ("0 closed .. 1 open",)
+
+
+@pytest.mark.parametrize("names", [coin.GRIPPERS_LAST, SIX.names[::-1], (*SIX.names[7:], *SIX.names[:7])])
+def test_numbers_are_found_by_name(tmp_path: Path, names: tuple[str, ...]) -> None:
+    mapped = Mapped(open_robocoin(coin.write_robocoin(tmp_path / "set", names)), SIX, "tiny_bot")
+    assert mapped.state_names == mapped.action_names == SIX.names
+    assert mapped.state_dim == mapped.action_dim == 14 and mapped.robot == "tiny_bot"
+    for e, length in enumerate(tiny.LENGTHS):
+        for key, rows in (("observation.state", mapped.states(e)), ("action", mapped.actions(e))):
+            assert rows.dtype == np.float32
+            wanted = np.stack([coin.value(name, e, length, key) for name in SIX.names], 1)
+            np.testing.assert_array_equal(rows, wanted)
+
+
+def test_all_else_is_the_source(root: Path) -> None:
+    source, mapped = open_episodes(root), Mapped(open_episodes(root), SIX, "bot")
+    assert mapped.cameras == tiny.CAMERAS and list(mapped.cameras) == list(coin.CAMERAS)
+    assert (mapped.root, mapped.fps, mapped.instructions) == (source.root, source.fps, source.instructions)
+    np.testing.assert_array_equal(mapped.lengths, source.lengths)
+    np.testing.assert_array_equal(mapped.starts, source.starts)
+    np.testing.assert_array_equal(mapped.timestamps(1), source.timestamps(1))
+    assert mapped.instruction(1) == source.instruction(1) == mapped.instructions[mapped.instruction_index(1)]
+    for view, camera in coin.CAMERAS.items():
+        frames = mapped.frames(1, view, [5, 2])
+        np.testing.assert_array_equal(frames, source.frames(1, camera, [5, 2]))
+        assert [tiny.number_of(f) for f in frames] == [tiny.frame_number(view, 1, row) for row in (5, 2)]
+    with pytest.raises(DatasetError, match="is mapped without cam_head_left_rgb; it has: cam_high"):
+        mapped.frames(0, "cam_head_left_rgb", [0])
+
+
+@pytest.mark.parametrize(
+    ("layout", "names", "message"),
+    [
+        (SEVEN, SIX.names, "the state lacks left_arm_joint_7_rad, right_arm_joint_7_rad; its names are left_arm"),
+        (SIX, SEVEN.names, "the state has beyond the layout left_arm_joint_7_rad, right_arm_joint_7_rad"),
+        (SIX, (*SIX.names, SIX.names[3]), "the state names twice left_arm_joint_4_rad"),
+        (SIX, (), "lacks .* its names are not recorded"),
+    ],
+)
+def test_robot_that_does_not_fit(layout: robocoin.Layout, names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UnmappableError, match=message):
+        layout.places(names, "set (robot 'bot'): the state")
+
+
+def test_action_is_mapped_by_its_own_names(broken: Path) -> None:
+    info = json.loads((broken / "meta/info.json").read_text())
+    info["features"]["action"]["names"][0] = "left_arm_joint_one"
+    tiny.change_info(broken, features=info["features"])
+    with pytest.raises(UnmappableError, match=f"{broken} .robot 'bot'.: the action lacks left_arm_joint_1_rad"):
+        Mapped(open_robocoin(broken), SIX, "bot")
+
+
+# ---------------------------------------------------------------- cameras
+@pytest.mark.parametrize(
+    ("recorded", "message"),
+    [
+        (["cam_left_wrist_rgb", "cam_right_wrist_rgb"], "has no known camera for cam_high among its cameras cam_left"),
+        (["cam_high_rgb", "cam_head_left_rgb"], "has cam_high_rgb and cam_head_left_rgb for cam_high"),
+        (["cam_high_rgb", "cam_right_wrist_rgb"], 'for cam_left_wrist .*cameras = { cam_left_wrist = "..." }'),
+        ([], r"its cameras \(none\)"),
+    ],
+)
+def test_cameras_that_are_not_clear(recorded: list[str], message: str) -> None:
+    with pytest.raises(UnmappableError, match=message):
+        find_cameras(recorded, "set")
+
+
+def test_every_known_head_camera_serves() -> None:
+    wrists = ["cam_left_wrist_rgb", "cam_right_wrist_rgb"]
+    for head in ("cam_high_rgb", "cam_head_left_rgb", "cam_front_head_rgb"):
+        found = find_cameras([*wrists, "cam_head_right_rgb", head, "cam_high_depth"], "set")
+        assert found == {"cam_high": head, "cam_left_wrist": wrists[0], "cam_right_wrist": wrists[1]}
+
+
+def test_cameras_named_outright(root: Path) -> None:
+    """Only these are used; one that is not recorded is an error that no subset file skips."""
+    mapped = Mapped(open_robocoin(root), SIX, "bot", {"cam_high": "cam_right_wrist_rgb"})
+    assert mapped.cameras == {"cam_high": tiny.CAMERAS["cam_right_wrist"]}
+    assert tiny.number_of(mapped.frames(0, "cam_high", [3])[0]) == tiny.frame_number("cam_right_wrist", 0, 3)
+    with pytest.raises(DatasetError, match="has no camera cam_top") as error:
+        Mapped(open_robocoin(root), SIX, "bot", {"cam_high": "cam_top"})
+    assert not isinstance(error.value, UnmappableError)
+
+
+# ---------------------------------------------------------------- subtasks
+def test_subtasks_as_text(root: Path) -> None:
+    for dataset in (open_robocoin(root), Mapped(open_robocoin(root), SIX, "bot")):
+        for e, length in enumerate(tiny.LENGTHS):
+            assert subtasks(dataset, e) == [coin.TEXTS[row % 4] for row in range(length)]
+
+
+def test_datasets_without_subtasks(broken: Path) -> None:
+    (broken / "annotations/subtask_annotations.jsonl").unlink()
+    assert subtasks(open_robocoin(broken), 1) == [""] * 23
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"subtask_index": 0, "subtask": "a"}\n{"subtask_index": 0, "subtask": "b"}', "line 2, must be .*once"),
+        ('\n{"subtask_index": 0}', "line 2, must be"),
+        ('{"subtask_index": "0", "subtask": "a"}', "line 1, must be"),
+        ("[0]", "line 1, must be"),
+        ("{", "line 1, must be"),
+    ],
+)
+def test_broken_list_of_subtasks(broken: Path, text: str, message: str) -> None:
+    (broken / "annotations/subtask_annotations.jsonl").write_text(text)
+    with pytest.raises(DatasetError, match=f"subtask_annotations.jsonl, {message}"):
+        open_robocoin(broken)
+
+
+def test_subtask_that_is_not_listed(broken: Path) -> None:
+    (broken / "annotations/subtask_annotations.jsonl").write_text('{"subtask_index": 0, "subtask": "a"}')
+    with pytest.raises(DatasetError, match="episode_000001.parquet: every row of subtask_annotation .*KeyError"):
+        open_robocoin(broken).subtasks(1)
+    path = tiny.data_path(broken, 2)
+    pq.write_table(pq.read_table(path).drop_columns("subtask_annotation"), path)
+    with pytest.raises(DatasetError, match="episode_000002.parquet: every row of subtask_annotation"):
+        open_robocoin(broken).subtasks(2)
+
+
+# ---------------------------------------------------------------- subset files
+GOOD = {"name": "a", "path": "set", "weight": 2, "robot": "bot", "layout": "two_6dof_arms"}
+
+
+def write_subset(folder: Path, *tables: dict) -> Path:
+    """TOML writes strings, numbers and booleans as JSON does."""
+    lines = []
+    for table in tables:
+        lines.append("[[dataset]]")
+        for key, value in table.items():
+            inline = isinstance(value, dict)
+            pairs = ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items()) if inline else ""
+            lines.append(f"{key} = {{ {pairs} }}" if inline else f"{key} = {json.dumps(value)}")
+    path = folder / "subset.toml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_subset_file(tmp_path: Path) -> None:
+    cameras = {"cam_high": "cam_top"}
+    extra = {"name": "b.2-x", "weight": 0.5, "cameras": cameras, "if_unmappable": "skip"}
+    assert load_subset(write_subset(tmp_path, GOOD, GOOD | extra)) == [
+        Entry("a", tmp_path / "set", 2, "bot", "two_6dof_arms"),
+        Entry("b.2-x", tmp_path / "set", 0.5, "bot", "two_6dof_arms", cameras, "skip"),
+    ]
+
+
+def test_example_of_a_subset_file() -> None:
+    path = Path(robocoin.__file__).with_name("robocoin_example.toml")
+    entries = load_subset(path)
+    assert [entry.if_unmappable for entry in entries] == ["error", "error", "skip"]
+    assert entries[0].path == path.parent / "RoboCOIN/Cobot_Magic_fold_towel"
+    assert entries[1].cameras["cam_high"] == "cam_head_left_rgb" and entries[2].layout == "two_7dof_arms"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "a/b"}, "name is 'a/b', expected letters, digits"),
+        ({"name": 3}, "name is 3, expected letters"),
+        ({"path": ""}, "path is '', expected the dataset's folder"),
+        ({"weight": 0}, "weight is 0, expected a positive number"),
+        ({"weight": True}, "weight is True, expected"),
+        ({"weight": "2"}, "weight is '2', expected"),
+        ({"robot": ".."}, "robot is '..', expected"),
+        ({"layout": "two_arms"}, "layout is 'two_arms', expected one of two_6dof_arms, two_7dof_arms"),
+        ({"cameras": {"cam_left_wrist": "x"}}, "cameras is .*expected a table of the views cam_high"),
+        ({"cameras": {"cam_high": "x", "cam_low": "y"}}, "cameras is .*expected a table"),
+        ({"cameras": {"cam_high": "x", "cam_left_wrist": "x"}}, "a recorded camera of its own"),
+        ({"cameras": {"cam_high": 1}}, "cameras is"),
+        ({"cameras": "cam_high"}, "cameras is"),
+        ({"if_unmappable": "ignore"}, "if_unmappable is 'ignore', expected .error. or .skip."),
+        ({"wieght": 2}, "unknown wieght; a dataset has name, path, weight, robot, layout and may have cameras"),
+    ],
+)
+def test_wrong_entry(tmp_path: Path, change: dict, message: str) -> None:
+    path = write_subset(tmp_path, GOOD | {"name": "first"}, GOOD | change)
+    with pytest.raises(DatasetError, match=f"subset.toml, dataset 2 .*{message}"):
+        load_subset(path)
+
+
+@pytest.mark.parametrize("key", GOOD)
+def test_missing_entry(tmp_path: Path, key: str) -> None:
+    table = {k: v for k, v in GOOD.items() if k != key}
+    with pytest.raises(DatasetError, match=f"dataset 1.*: lacks {key}; a dataset has"):
+        load_subset(write_subset(tmp_path, table))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[dataset]", "is not valid TOML"),
+        ("", "must hold tables .*found nothing"),
+        ("dataset = 3", "must hold tables .*found dataset"),
+        ("dataset = [3]", "must hold tables"),
+        ("dataset = []", "must hold tables"),
+        ('seed = 1\n[[dataset]]\nname = "a"', "nothing else; found seed, dataset"),
+    ],
+)
+def test_wrong_file(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "subset.toml"
+    path.write_text(text)
+    with pytest.raises(DatasetError, match=message):
+        load_subset(path)
+
+
+def test_no_file_and_one_name_twice(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="subset.toml does not exist"):
+        load_subset(tmp_path / "subset.toml")
+    with pytest.raises(DatasetError, match="names a more than once"):
+        load_subset(write_subset(tmp_path, GOOD, GOOD))
+
+
+def test_skips_only_what_the_subset_says(root: Path) -> None:
+    fits = Entry("fits", root, 1, "bot", "two_6dof_arms")
+    wide = {"path": root, "weight": 1, "robot": "bot", "layout": "two_7dof_arms"}
+    opened, skipped = open_subset([fits, Entry("wide", **wide, if_unmappable="skip")])
+    assert list(opened) == ["fits"] and opened["fits"].robot == "bot"
+    assert list(skipped) == ["wide"] and "lacks left_arm_joint_7_rad" in skipped["wide"]
+    with pytest.raises(UnmappableError, match="lacks left_arm_joint_7_rad"):
+        open_subset([fits, Entry("wide", **wide)])
+    with pytest.raises(DatasetError, match="is not a folder"):  # whatever the subset says
+        open_subset([Entry("gone", root / "gone", 1, "bot", "two_6dof_arms", if_unmappable="skip")])

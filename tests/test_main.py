@@ -1,0 +1,66 @@
+"""The one door: every command is behind it, and it starts nothing before it knows which."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ahawam_jax import __main__ as door
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def defines_main(path: Path) -> bool:
+    return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in ast.parse(path.read_text()).body)
+
+
+def test_every_entry_point_is_a_command() -> None:
+    folders = (REPOSITORY / "ahawam_jax/commands", REPOSITORY / "export", REPOSITORY / "data_pipelines")
+    files = [path for folder in folders for path in folder.rglob("*.py") if defines_main(path)]
+    modules = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in files}
+    assert modules == {command.module for command in door.COMMANDS.values()}
+    for path in (path for folder in ("ahawam_jax", "export", "data_pipelines") for path in Path(folder).rglob("*.py")):
+        assert path.name == "__main__.py" or "if __name__ ==" not in path.read_text(), f"{path} is another door"
+
+
+def test_it_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert door.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, command in door.COMMANDS.items():
+        assert sum(line.split()[:1] == [name] and command.about in line for line in lines) == 1
+    assert door.main([]) == 2
+    assert {command.group for command in door.COMMANDS.values()} <= set(lines)
+
+
+def test_an_unknown_command_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert door.main(["trian"]) == 2
+    assert capsys.readouterr().err == "error: 'trian' is no command; did you mean train?\n"
+
+
+def test_a_missing_package_is_a_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(door.importlib, "import_module", fails)
+    assert door.main(["to-torch", "x"]) == 1
+    said = capsys.readouterr().err
+    assert "needs the package torch, which is not installed; pip install 'ahawam-jax[export]'" in said
+
+
+def test_dashes_and_underscores_are_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("export-weights", "export_weights"):
+        with pytest.raises(SystemExit) as stop:
+            door.main([name, "--help"])
+        assert stop.value.code == 0
+        assert "usage: ahawam export-weights" in capsys.readouterr().out.replace(name, "export-weights")
+
+
+def test_data_commands_start_no_jax() -> None:
+    modules = [c.module for c in door.COMMANDS.values() if c.group == "data" and "encode" not in c.module]
+    code = f"import sys, {', '.join(modules)}; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
+    assert len(modules) == 4
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0

@@ -1,0 +1,78 @@
+"""`denoise` and `imagine` against the same steps written out."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from ahawam_jax.models.aha_wam import AhaWam
+from ahawam_jax.models.config import PREDICTIONS
+from ahawam_jax.models.memory import PlannerContext
+from ahawam_jax.sampling import denoise, imagine
+from tests.tiny_model import (
+    BATCH,
+    CONFIG,
+    FRAMES,
+    HEIGHT,
+    TOKENS,
+    WIDTH,
+    assert_close,
+    normal,
+    random_batch,
+    random_params,
+)
+
+STEPS, SHIFT = 3, 5.0
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_denoise_takes_euler_steps(prediction: str) -> None:
+    model, params, batch = AhaWam(dataclasses.replace(CONFIG, prediction=prediction)), random_params(), random_batch()
+    shape = (CONFIG.num_layers, BATCH, CONFIG.num_chunks, TOKENS, CONFIG.num_heads, CONFIG.head_dim)
+    routed = PlannerContext(normal(0, *shape), normal(1, *shape))
+    noise = normal(2, BATCH, CONFIG.num_chunks, CONFIG.chunk, CONFIG.action_dim)
+    positions = np.arange(CONFIG.horizon).reshape(CONFIG.num_chunks, CONFIG.chunk)
+    text, text_mask = batch["context"], batch["context_mask"]
+    states = normal(3, BATCH, CONFIG.num_chunks, CONFIG.state_dim)
+
+    @jax.jit
+    def act(x: jax.Array, times: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, x, times, positions, text, text_mask, states, routed, method="act")
+
+    x = noise
+    u = np.linspace(1, 0, STEPS + 1)
+    levels = SHIFT * u / (1 + (SHIFT - 1) * u)
+    for now, after in zip(levels[:-1], levels[1:], strict=True):
+        out = np.asarray(act(x, np.full((BATCH, CONFIG.num_chunks), 1000 * now, np.float32)))
+        velocity = out if prediction == "velocity" else (x - out) / np.float32(now)
+        x = x + velocity * np.float32(after - now)
+    run = jax.jit(
+        lambda noise: denoise(model, params, noise, positions, text, text_mask, states, routed, STEPS, SHIFT)
+    )
+    assert_close(run(noise), x)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_imagine_keeps_the_current_frame_and_takes_euler_steps(causal: bool) -> None:
+    model, params, batch = AhaWam(CONFIG), random_params(), random_batch()
+    text, text_mask = batch["context"], batch["context_mask"]
+    first = normal(0, BATCH, CONFIG.latent_channels, 1, HEIGHT, WIDTH)
+    noise = normal(1, BATCH, CONFIG.latent_channels, FRAMES - 1, HEIGHT, WIDTH)
+    positions = np.broadcast_to(np.arange(FRAMES), (BATCH, FRAMES))
+
+    @jax.jit
+    def plan(x: jax.Array, times: jax.Array) -> jax.Array:
+        return model.apply(
+            {"params": params}, x, times, positions, text, text_mask, None, causal, method="plan"
+        ).velocity
+
+    x = np.concatenate([first, noise], 2)
+    u = np.linspace(1, 0, STEPS + 1)
+    levels = SHIFT * u / (1 + (SHIFT - 1) * u)
+    for now, after in zip(levels[:-1], levels[1:], strict=True):
+        times = np.float32([[0, 1000 * now, 1000 * now]] * BATCH)
+        x[:, :, 1:] += np.asarray(plan(x, times))[:, :, 1:] * np.float32(after - now)
+    got = jax.jit(lambda noise: imagine(model, params, first, noise, text, text_mask, STEPS, SHIFT, causal))(noise)
+    np.testing.assert_array_equal(got[:, :, :1], first)
+    assert_close(got, x)
