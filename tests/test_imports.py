@@ -14,7 +14,7 @@ TORCH_SIDE = {"torch", "tensorflow", "onnx", "tensorrt", "export", "benchmarks",
 MODEL_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "ahawam_jax"}
 
 # The floors of each house from the bottom up, and what a floor may use beside itself. `episodes` is the interface that
-# everything in data_pipelines builds on; `progress` says how far a job is.
+# everything in data_pipelines builds on; `progress` says how far a job is, `disk` writes files whole.
 AHAWAM = {
     "models": set(),
     "flow_matching": set(),
@@ -35,16 +35,17 @@ AHAWAM = {
 DATA = {
     "episodes": set(),
     "progress": set(),
+    "disk": set(),
     "canvas": set(),
-    "readers": {"episodes", "tfds"},
-    "caches": {"episodes", "canvas", "progress"},
-    "statistics": {"episodes"},
+    "readers": {"episodes", "tfds", "disk"},
+    "caches": {"episodes", "canvas", "progress", "disk"},
+    "statistics": {"episodes", "disk"},
     "windows": {"episodes", "caches", "statistics"},
     "loader": {"episodes", "caches", "statistics", "windows"},
     "simulation": {"progress"},
-    "recording": {"simulation", "progress", "episodes"},
-    "inspection": {"episodes", "readers", "canvas", "windows", "loader", "recording", "progress"},
-    "tfds": {"episodes", "readers", "progress"},
+    "recording": {"simulation", "progress", "episodes", "disk"},
+    "inspection": {"episodes", "readers", "canvas", "windows", "loader", "recording", "progress", "disk"},
+    "tfds": {"episodes", "readers", "caches", "progress", "disk"},
 }
 EXPORT = {
     "manifest": set(),
