@@ -33,19 +33,20 @@ AHAWAM = {
     "__main__": set(),
 }  # fmt: skip
 DATA = {
+    "ownership": set(),
     "episodes": set(),
     "progress": set(),
     "disk": set(),
     "canvas": set(),
     "readers": {"episodes", "tfds", "disk"},
-    "caches": {"episodes", "canvas", "progress", "disk"},
+    "caches": {"episodes", "canvas", "progress", "disk", "ownership"},
     "statistics": {"episodes", "disk"},
     "windows": {"episodes", "caches", "statistics"},
     "loader": {"episodes", "caches", "statistics", "windows"},
     "simulation": {"progress"},
-    "recording": {"simulation", "progress", "episodes", "disk"},
+    "recording": {"simulation", "progress", "episodes", "disk", "ownership"},
     "inspection": {"episodes", "readers", "canvas", "windows", "loader", "recording", "progress", "disk"},
-    "tfds": {"episodes", "readers", "caches", "progress", "disk"},
+    "tfds": {"episodes", "readers", "caches", "progress", "disk", "ownership"},
 }
 EXPORT = {
     "manifest": set(),
