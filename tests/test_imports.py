@@ -14,7 +14,8 @@ TORCH_SIDE = {"torch", "tensorflow", "onnx", "tensorrt", "export", "benchmarks",
 MODEL_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "ahawam_jax"}
 
 # The floors of each house from the bottom up, and what a floor may use beside itself. `episodes` is the interface that
-# everything in data_pipelines builds on; `progress` says how far a job is, `disk` writes files whole.
+# everything in data_pipelines builds on; `progress` says how far a job is, `disk` writes files whole,
+# `processes` starts workers.
 AHAWAM = {
     "models": set(),
     "flow_matching": set(),
@@ -37,14 +38,15 @@ DATA = {
     "episodes": set(),
     "progress": set(),
     "disk": set(),
+    "processes": set(),
     "canvas": set(),
     "readers": {"episodes", "tfds", "disk"},
-    "caches": {"episodes", "canvas", "progress", "disk", "ownership"},
+    "caches": {"episodes", "canvas", "progress", "disk", "ownership", "processes"},
     "statistics": {"episodes", "disk"},
     "windows": {"episodes", "caches", "statistics"},
-    "loader": {"episodes", "caches", "statistics", "windows"},
-    "simulation": {"progress"},
-    "recording": {"simulation", "progress", "episodes", "disk", "ownership"},
+    "loader": {"episodes", "caches", "statistics", "windows", "processes"},
+    "simulation": {"progress", "processes"},
+    "recording": {"simulation", "progress", "episodes", "disk", "ownership", "processes"},
     "inspection": {"episodes", "readers", "canvas", "windows", "loader", "recording", "progress", "disk"},
     "tfds": {"episodes", "readers", "caches", "progress", "disk", "ownership"},
 }

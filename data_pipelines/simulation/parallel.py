@@ -10,11 +10,13 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 import numpy as np
 
+from data_pipelines.processes import WorkerError, ending, out_of_reach_of_ctrl_c
 from data_pipelines.simulation.env import AlohaSim
 from data_pipelines.simulation.rendering import check_rendering
 
@@ -55,9 +57,11 @@ class ParallelSims:
         for group in self._groups:
             process, connection = _start_worker()
             self._workers.append((process, connection))
+        tasks = []
+        for group in self._groups:
             filmed = [i for i, number in enumerate(group) if number in self.films]
-            connection.send((task, [int(seeds[i]) for i in group], image_sizes, filmed))
-        self._receive()
+            tasks.append((task, [int(seeds[i]) for i in group], image_sizes, filmed))
+        self._exchange(tasks)
 
     def observe(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """states float32 [N, 14] and, for each camera, images uint8 [N, height, width, 3] of now."""
@@ -72,15 +76,14 @@ class ParallelSims:
         count = sum(map(len, self._groups))
         if actions.ndim != 3 or (actions.shape[0], actions.shape[2]) != (count, 14):
             raise ValueError(f"The actions have shape {actions.shape}: expected [{count}, steps, 14].")
-        for group, (_, connection) in zip(self._groups, self._workers, strict=True):
-            connection.send((actions[group], record_every))
-        self._receive()
+        self._exchange([(actions[group], record_every) for group in self._groups])
         return self.observe()
 
     def close(self) -> None:
-        """End the workers."""
-        for _, connection in self._workers:
-            connection.close()  # a worker ends when nobody is at the other end
+        """End the workers, also in the midst of their work: they keep nothing."""
+        for process, connection in self._workers:
+            connection.close()
+            process.terminate()
         for process, _ in self._workers:
             process.wait()
         self._workers = []
@@ -91,21 +94,19 @@ class ParallelSims:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _receive(self) -> None:
+    def _exchange(self, requests: Sequence[tuple]) -> None:
+        """Hands each worker its request and takes in what they answer. Raises WorkerError for one that is gone."""
         replies = []
+        for (process, connection), request in zip(self._workers, requests, strict=True):
+            with self._answering(process):
+                connection.send(request)
         for process, connection in self._workers:
-            try:
-                reply = connection.recv()
-            except EOFError:
-                self.close()
-                raise RuntimeError(
-                    f"A simulation worker ended with code {process.returncode} in the midst of its work: "
-                    "expected an answer; see its messages above."
-                ) from None
+            with self._answering(process):
+                replies.append(connection.recv())
+        for reply in replies:
             if isinstance(reply, str):
                 self.close()
                 raise RuntimeError(f"A simulation worker failed:\n{reply}")
-            replies.append(reply)
         states, images, success, held, films = zip(*replies, strict=True)
         self._states = np.concatenate(states)
         self._images = {camera: np.concatenate([group[camera] for group in images]) for camera in images[0]}
@@ -115,13 +116,27 @@ class ParallelSims:
                 self.films[int(group[i])] += new
 
 
+    @contextmanager
+    def _answering(self, process: subprocess.Popen) -> Iterator[None]:
+        """Makes a WorkerError of a connection with nobody at the other end; what was simulated is lost."""
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            self.close()
+            raise WorkerError(
+                f"A worker process of the simulation {ending(process.returncode)}; its messages stand above. Start "
+                "again: nothing of these episodes is kept."
+            ) from error
+
+
 def _start_worker() -> tuple[subprocess.Popen, Connection]:
     ours, theirs = socket.socketpair()
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import _work; _work({theirs.fileno()})"],
-        pass_fds=[theirs.fileno()],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
+    with out_of_reach_of_ctrl_c():
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import _work; _work({theirs.fileno()})"],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
     theirs.close()
     return process, Connection(ours.detach())
 
