@@ -35,5 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(problem)
     try:
         record(**vars(arguments))
-    except (FileExistsError, RuntimeError) as problem:
-        sys.exit(str(problem))
+    except (ValueError, OSError, RuntimeError) as problem:
+        sys.exit(f"error: {problem}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on with the episodes that are missing")

@@ -1,17 +1,23 @@
 """Demonstrations of the scripted expert as a LeRobot v3.0 dataset."""
 
+import hashlib
 import itertools
-import multiprocessing
+import json
+import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from data_pipelines.disk import whole_file, writing
+from data_pipelines.processes import worker_pool
 from data_pipelines.recording.lerobot_writer import EncodedVideo, LeRobotWriter, encode_video
 from data_pipelines.simulation.env import FPS, IMAGE_SIZES, INSTRUCTIONS, STATE_NAMES, AlohaSim
 from data_pipelines.simulation.expert import plan
@@ -68,40 +74,80 @@ def record(task: str, episodes: int, out: Path, processes: int, noise: float, se
     """Write `episodes` successful demonstrations to the new folder `out`.
 
     Seeds are tried in order from `seed0` and failures left out, so what is written does not depend on `processes`.
+    Each attempt is kept in a file beside `out` until the dataset is whole: stopped in whatever way, the same call goes
+    on from there. Raises DiskError, WorkerError, and RuntimeError where the expert never succeeds.
     """
     cameras = {_key(camera): size for camera, size in IMAGE_SIZES.items()}
-    started = time.monotonic()
-    with LeRobotWriter(out, FPS, STATE_NAMES, cameras, robot_type="aloha") as writer:
-        kept = 0
-        for tried, episode in enumerate(_attempts(task, noise, seed0, processes), start=1):
-            if episode is not None:
-                writer.add_episode(episode.states, episode.actions, episode.videos, INSTRUCTIONS[task])
-                kept += 1
-            rate = kept / (time.monotonic() - started)
-            left = (episodes - kept) / rate if kept else float("inf")
-            print(
-                f"\r{kept}/{episodes} episodes, {rate:.2f}/s, {left:.0f} s left, expert {kept}/{tried}",
-                end="", file=sys.stderr, flush=True,
-            )  # fmt: skip
-            if kept == episodes:
-                break
-            if kept == 0 and tried >= _HOPELESS:
-                raise RuntimeError(f"No success in {tried} attempts at {task} with --noise {noise}: use less noise.")
-    print(f"\n{out}: {kept} episodes in {time.monotonic() - started:.0f} s", file=sys.stderr)
+    kind = hashlib.sha256(json.dumps([task, noise]).encode()).hexdigest()[:8]
+    attempts = out.with_name(f".{out.name}.attempts-{kind}")
+    safe = f"The episodes before are kept in {attempts}; the same command goes on from there."
+    started, kept = time.monotonic(), []
+    with writing(out, safe), LeRobotWriter(out, FPS, STATE_NAMES, cameras, robot_type="aloha") as writer:
+        attempts.mkdir(parents=True, exist_ok=True)
+        with closing(_attempts(task, noise, seed0, processes, attempts, safe)) as files:
+            for tried, file in enumerate(files, start=1):
+                if file.stat().st_size:
+                    kept.append(file)
+                rate = len(kept) / (time.monotonic() - started)
+                left = (episodes - len(kept)) / rate if kept else float("inf")
+                print(
+                    f"\r{len(kept)}/{episodes} episodes, {rate:.2f}/s, {left:.0f} s left, expert {len(kept)}/{tried}",
+                    end="", file=sys.stderr, flush=True,
+                )  # fmt: skip
+                if len(kept) == episodes:
+                    break
+                if not kept and tried >= _HOPELESS:
+                    raise RuntimeError(
+                        f"No success in {tried} attempts at {task} with --noise {noise}: use less noise."
+                    )
+        for file in kept:
+            episode = _load(file)
+            writer.add_episode(episode.states, episode.actions, episode.videos, INSTRUCTIONS[task])
+    shutil.rmtree(attempts)
+    print(f"\n{out}: {len(kept)} episodes in {time.monotonic() - started:.0f} s", file=sys.stderr)
 
 
-def _attempts(task: str, noise: float, seed0: int, processes: int) -> Iterator[Episode | None]:
-    """What each seed gives, in order, without end."""
+def _attempts(task: str, noise: float, seed0: int, processes: int, folder: Path, safe: str) -> Iterator[Path]:
+    """The file of each seed's attempt, in order, without end; an empty one where the expert failed."""
     seeds = itertools.count(seed0)
     pending: deque[Future] = deque()
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        try:
-            while True:
-                while len(pending) < 2 * processes:
-                    pending.append(pool.submit(record_episode, task, next(seeds), noise))
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with worker_pool(processes, safe) as pool:
+        while True:
+            while len(pending) < 2 * processes:
+                pending.append(pool.submit(_attempt, task, next(seeds), noise, folder))
+            yield pending.popleft().result()
+
+
+def _attempt(task: str, seed: int, noise: float, folder: Path) -> Path:
+    """Runs in a worker."""
+    path = folder / f"{seed}.npz"
+    if not path.exists():
+        episode = record_episode(task, seed, noise)
+        with whole_file(path) as partial, partial.open("wb") as file:
+            if episode is not None:
+                _save(episode, file)
+    return path
+
+
+def _save(episode: Episode, file: BinaryIO) -> None:
+    arrays = {"states": episode.states, "actions": episode.actions}
+    for key, video in episode.videos.items():
+        arrays |= {f"{key} mp4": np.frombuffer(video.mp4, np.uint8), f"{key} histogram": video.histogram}
+        arrays |= {f"{key} size": np.array(video.size)}
+    np.savez(file, **arrays)
+
+
+def _load(path: Path) -> Episode:
+    with np.load(path) as arrays:
+        states, actions = arrays["states"], arrays["actions"]
+        videos = {
+            key: EncodedVideo(
+                arrays[f"{key} mp4"].tobytes(), len(states), tuple(arrays[f"{key} size"].tolist()),
+                arrays[f"{key} histogram"],
+            )
+            for key in map(_key, IMAGE_SIZES)
+        }  # fmt: skip
+    return Episode(states, actions, videos)
 
 
 def _key(camera: str) -> str:

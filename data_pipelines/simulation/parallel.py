@@ -54,11 +54,9 @@ class ParallelSims:
             raise ValueError(f"film is {list(film)}: expected numbers of environments, 0 to {len(seeds) - 1}.")
         self._groups = np.array_split(np.arange(len(seeds)), min(processes, len(seeds)))
         self._workers: list[tuple[subprocess.Popen, Connection]] = []
-        for group in self._groups:
-            process, connection = _start_worker()
-            self._workers.append((process, connection))
         tasks = []
         for group in self._groups:
+            self._workers.append(_start_worker())
             filmed = [i for i, number in enumerate(group) if number in self.films]
             tasks.append((task, [int(seeds[i]) for i in group], image_sizes, filmed))
         self._exchange(tasks)

@@ -1,6 +1,12 @@
+import errno
+import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -8,12 +14,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipelines.disk import DiskError
+from data_pipelines.processes import WorkerError
 from data_pipelines.readers.opening import open_episodes
+from data_pipelines.recording import record as recording
 from data_pipelines.recording.lerobot_writer import LeRobotWriter, encode_video
-from data_pipelines.recording.record import disturbance, record, record_episode
-from data_pipelines.simulation.env import AlohaSim
+from data_pipelines.recording.record import Episode, disturbance, record, record_episode
+from data_pipelines.simulation.env import IMAGE_SIZES, AlohaSim
 from data_pipelines.simulation.expert import plan
 from data_pipelines.simulation.rendering import check_rendering
+from tests.full_disk import files_end_at
 
 FPS, NAMES = 25, ("left_joint", "left_gripper", "right_joint")
 CAMERAS = {"observation.images.cam_high": (48, 64), "observation.images.cam_left_wrist": (32, 32)}
@@ -227,6 +237,80 @@ def test_recording_does_not_depend_on_the_number_of_processes(tmp_path: Path, dr
     for camera, image in sim.images().items():
         off = [np.abs(read.frames(0, camera, [step])[0].astype(int) - image).mean() for step in (56, 60, 64)]
         assert off[1] < 3 and off[1] == min(off), (camera, off)
+
+
+# ---------------------------------------------------------------- interruptions
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The seeds that were tried; every third attempt fails. Workers are threads."""
+    tried = []
+
+    def attempt(task: str, seed: int, noise: float) -> Episode | None:
+        tried.append(seed)
+        if seed % 3 == 0:
+            return None
+        shade = {camera: np.full((4, *size, 3), seed % 200, np.uint8) for camera, size in IMAGE_SIZES.items()}
+        videos = {f"observation.images.{camera}": encode_video(frames, FPS) for camera, frames in shade.items()}
+        rows = np.full((4, 14), seed, np.float32)
+        return Episode(rows, rows + 1, videos)
+
+    monkeypatch.setattr(recording, "record_episode", attempt)
+    monkeypatch.setattr(recording, "worker_pool", lambda processes, *_: ThreadPoolExecutor(processes))
+    return tried
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_recording_goes_on_where_it_was_stopped(
+    attempts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a full disk after some attempts, then by one when the dataset is put together."""
+    record("insertion", 5, tmp_path / "whole", 1, 0.0, 100)
+    out, full = tmp_path / "set", OSError(errno.ENOSPC, "No space left on device")
+    words = "set cannot be written: its disk is full; .* before are kept in .*attempts-.*the same command goes on"
+
+    def fails_from(number: int, function: Callable) -> Callable:
+        calls = itertools.count(1)
+        return lambda *args: function(*args) if next(calls) < number else throw(full)
+
+    with monkeypatch.context() as patch, pytest.raises(DiskError, match=words):
+        patch.setattr(recording, "whole_file", fails_from(5, recording.whole_file))
+        record("insertion", 5, out, 1, 0.0, 100)
+    kept = {int(path.stem) for path in tmp_path.glob(".set.attempts-*/*.npz")}
+    assert kept == {100, 101, 102, 103}  # 102 failed
+    attempts.clear()
+    with monkeypatch.context() as patch, pytest.raises(DiskError, match=words):
+        patch.setattr(LeRobotWriter, "add_episode", fails_from(3, LeRobotWriter.add_episode))
+        record("insertion", 5, out, 1, 0.0, 100)
+    assert not out.exists() and not kept & set(attempts)
+    record("insertion", 5, out, 1, 0.0, 100)
+    assert files(out) == files(tmp_path / "whole") and not {*range(100, 107)} & set(attempts[3:])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "whole"]
+
+
+def throw(error: Exception) -> None:
+    raise error
+
+
+def test_attempts_of_another_kind_are_not_taken(attempts: list[int], tmp_path: Path) -> None:
+    for noise in (0.0, 0.5):
+        with files_end_at(1), pytest.raises(DiskError):
+            record("insertion", 1, tmp_path / "set", 1, noise, 100)
+    assert len(list(tmp_path.glob(".set.attempts-*"))) == 2
+
+
+def test_a_killed_worker_ends_the_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the real pool: a worker that runs this test's `_attempt` is not there to answer."""
+    monkeypatch.setattr(recording, "_attempt", killed)
+    words = "A worker process was killed by SIGKILL.*The episodes before are kept in .*the same command goes on"
+    with pytest.raises(WorkerError, match=words):
+        record("insertion", 1, tmp_path / "set", 2, 0.0, 100)
+
+
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_command_line(tmp_path: Path) -> None:

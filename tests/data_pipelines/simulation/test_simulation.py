@@ -2,10 +2,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
+from data_pipelines.processes import WorkerError
 from data_pipelines.simulation import rendering
 from data_pipelines.simulation.env import EPISODE_STEPS, IMAGE_SIZES, AlohaSim
 from data_pipelines.simulation.expert import plan
@@ -236,7 +238,22 @@ def test_parallel_equals_serial(drawing: None) -> None:
             parallel.run(actions[:2])
         with pytest.raises(RuntimeError, match="14 finite numbers"):
             parallel.run(actions[:, :1] * np.nan)
-    assert all(process.poll() == 0 for process in workers)
+    assert all(process.poll() is not None for process in workers)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_worker_that_was_killed_is_an_error(drawing: None, busy: bool) -> None:
+    with ParallelSims("transfer_cube", [0, 1], 2, {"cam_high": (32, 32)}) as parallel:
+        first, second = (process for process, _ in parallel._workers)
+        second.send_signal(signal.SIGSTOP if busy else signal.SIGKILL)  # a request waits unread for who is stopped
+        killer = threading.Timer(0.2, second.kill)
+        if busy:
+            killer.start()
+        else:
+            second.wait()
+        with pytest.raises(WorkerError, match="A worker process of the simulation was killed by SIGKILL.*Start again"):
+            parallel.run(np.zeros((2, 1, 14)))
+        assert first.poll() is not None and second.poll() == -signal.SIGKILL
 
 
 WORKERS_OUTLIVED = """
