@@ -34,6 +34,7 @@ from ahawam_jax.towers.latents import make_canvas
 from export.measure.ladder import WARM_UP, Call, Captured, Chunk, Refresh, Ways
 from export.measure.machine import describe
 from export.measure.models import BATCH, Models, chunk_bytes, cosine, exported_models, random_models, stage_bytes
+from export.measure.streams import CHUNKS_PER_SECOND, measure_streams
 
 CALLS, REFRESH_EVERY = 8, 2  # chunks of an episode, chunks a refresh
 TIMES_FLOOR, TIMES_FASTER = 1.6, 15  # the goals for the longest loop
@@ -301,14 +302,20 @@ def benchmark(models: Models, mode: str, repeats: int, with_jax: bool, profiled:
         chunks |= {(JAX, n): chunk for n, chunk in jax_chunks.items()}
         agreement |= {(JAX, n): None for n in steps} | {JAX: None}  # other weights
 
-    found = tables(*measure(chunks, refreshes, calls, latents, repeats), agreement, floors, bandwidth)
-    found["stages"] = measure_stages(ways, floors, bandwidth, repeats)
-    titles = {
-        "ladder": f"Ladder, {steps[-1]} steps (Table 8)", "refresh": "Planner refresh (Table 9)",
-        "steps": "Steps of the executor (Table 11)", "stages": "Stages by themselves, on the device",
-    }  # fmt: skip
-    for name, title in titles.items():
-        print(f"### {title}\n{markdown(found[name])}\n")
+    found: dict[str, list[dict[str, Any]]] = {}
+
+    def show(title: str, name: str, rows: list[dict[str, Any]]) -> None:
+        found[name] = rows
+        print(f"### {title}\n{markdown(rows)}\n", flush=True)
+
+    made = tables(*measure(chunks, refreshes, calls, latents, repeats), agreement, floors, bandwidth)
+    show(f"Ladder, {steps[-1]} steps (Table 8)", "ladder", made["ladder"])
+    show("Planner refresh (Table 9)", "refresh", made["refresh"])
+    show("Steps of the executor (Table 11)", "steps", made["steps"])
+    if on_gpu:
+        rows = measure_streams(ways, steps[-1], calls, 4 * repeats)
+        show(f"A chunk of {steps[-1]} steps beside refreshes, {CHUNKS_PER_SECOND:g} chunks a second", "streams", rows)
+    show("Stages by themselves, on the device", "stages", measure_stages(ways, floors, bandwidth, repeats))
     reached = goals(found["ladder"], steps[-1])
     print("\n".join(reached))
     if profiled:

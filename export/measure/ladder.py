@@ -48,20 +48,20 @@ Refresh = Callable[[Tensor, int], Any]  # latents [B, c, h, w] and the frame's p
 class Captured:
     """A function of tensors as one CUDA graph; on a CPU, the function with inputs and outputs in fixed places."""
 
-    def __init__(self, run: Callable[..., Any], *inputs: Tensor):
-        """inputs: become the graph's own, and are read where they are."""
+    def __init__(self, run: Callable[..., Any], *inputs: Tensor, priority: int = 0):
+        """inputs: become the graph's own, and are read where they are.  priority: of its kernels; -1 goes first."""
         self.inputs, self.graph = inputs, None
         if inputs[0].device.type != "cuda":
             self.run, self.outputs = run, run(*inputs)
             return
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream(priority=priority)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 run(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):
             self.outputs = run(*inputs)
 
     def __call__(self, *values: Tensor) -> Any:
@@ -222,11 +222,11 @@ class Ways:
 
         return run
 
-    def twin(self, steps: int, compiled: bool, graph: bool) -> Chunk:
-        """The twin's chunk as Python calls it, compiled or not, or as one CUDA graph."""
+    def twin(self, steps: int, compiled: bool, graph: bool, priority: int = 0) -> Chunk:
+        """The twin's chunk as Python calls it, compiled or not, or as one CUDA graph whose kernels have a priority."""
         m, run = self.models, self.whole(steps, compiled)
         if graph:
-            run = Captured(run, *self.placed(self.first.canvas), *self.first_inputs())
+            run = Captured(run, *self.placed(self.first.canvas), *self.first_inputs(), priority=priority)
 
         def chunk(call: Call) -> Tensor:
             changed = (call.canvas, call.noise, call.state, *self.rotary(call.start))
@@ -253,18 +253,12 @@ class Ways:
 
     def twin_refresh(self, compiled: bool, graph: bool) -> Refresh:
         """Memory: a ring in fixed buffers."""
-        m = self.models
+        m, count = self.models, 0
         memory_k, memory_v = own(m.memory_k, m.memory_v)
         valid = torch.ones(memory_k.shape[1:3], dtype=torch.bool, device=m.device)
-        planner = self.compiled_planner if compiled else m.planner
-        text = (*m.planner.text(m.text), m.text_mask)
-        count = 0
-
-        def run(latents: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-            return planner(latents, cos, sin, *text, memory_k, memory_v, valid)
-
+        run = self.planning(compiled, memory_k, memory_v, valid)
         if graph:
-            run = Captured(run, *self.placed(self.latents.float(), *m.planner.rotary(np.zeros(BATCH))))
+            run = self.captured_planning(run)
 
         def refresh(latents: Tensor, frame: int) -> Any:
             nonlocal count
@@ -275,6 +269,17 @@ class Ways:
             return k, v
 
         return refresh
+
+    def planning(self, compiled: bool, memory_k: Tensor, memory_v: Tensor, valid: Tensor) -> Callable[..., Any]:
+        """latents, cos, sin on the device -> keys and values of the plan."""
+        m = self.models
+        planner = self.compiled_planner if compiled else m.planner
+        text = (*m.planner.text(m.text), m.text_mask)
+        return lambda latents, cos, sin: planner(latents, cos, sin, *text, memory_k, memory_v, valid)
+
+    def captured_planning(self, run: Callable[..., Any]) -> Captured:
+        """A planning function as one CUDA graph."""
+        return Captured(run, *self.placed(self.latents.float(), *self.models.planner.rotary(np.zeros(BATCH))))
 
     # ---------------------------------------------------------------------------------------------------------- stages
     def stages(self) -> dict[str, Stage]:

@@ -157,9 +157,9 @@ def test_memory_stays_flat(hosts: list[ProcessPoolExecutor], root: Path) -> None
 
 JOB = """
 import sys
-from data_pipelines.episodes import open_episodes
+from data_pipelines.readers.opening import open_episodes
 from data_pipelines.canvas import Canvas
-from data_pipelines.frame_cache import DecodingFrames
+from data_pipelines.caches.frame_cache import DecodingFrames
 from data_pipelines.loader import Source, make_loader
 from data_pipelines.windows import WindowConfig
 

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ahawam_jax.commands.doctor import main
 from data_pipelines.caches.frame_cache import DecodingFrames
 from data_pipelines.canvas import Canvas
 from data_pipelines.episodes import DatasetError
@@ -46,7 +47,7 @@ def train(root: Path) -> None:
 
 def page_of(capsys: pytest.CaptureFixture, root: Path, *options: str) -> tuple[int, str]:
     """Exit status and output of the doctor."""
-    status = doctor.main([str(root), *options])
+    status = main([str(root), *options])
     return status, capsys.readouterr().out
 
 
@@ -196,7 +197,7 @@ def test_progress_goes_to_stderr(
     healthy: dict[str, Path], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "REPORT_SECONDS", -1)
-    doctor.main([str(healthy["v2.1"])])
+    main([str(healthy["v2.1"])])
     output = capsys.readouterr()
     assert "12/12 checks, " in output.err and "checks" not in output.out
 

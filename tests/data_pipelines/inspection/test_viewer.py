@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ahawam_jax.commands.view import main
 from data_pipelines.inspection import viewer as view
 from data_pipelines.inspection.curves import Curves, Panel, _ticks, panels_of
 from data_pipelines.readers.opening import open_episodes
@@ -26,7 +27,7 @@ def video(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Episode 0, of more rows than are drawn at a time."""
     assert tiny.LENGTHS[0] > view.BATCH
     out = tmp_path_factory.mktemp("out") / "episode.mp4"
-    assert view.main([str(root), "--episode", "0", "--out", str(out)]) == 0
+    assert main([str(root), "--episode", "0", "--out", str(out)]) == 0
     return out
 
 
@@ -79,7 +80,7 @@ def test_robotwin(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch, ca
     """A rate that is no whole number, and the default name."""
     root = robotwin.WRITERS[form](tmp_path / form)
     monkeypatch.chdir(tmp_path)
-    assert view.main([str(root), "--episode", "1"]) == 0
+    assert main([str(root), "--episode", "1"]) == 0
     assert capsys.readouterr().out == f"{form}_episode_1.mp4 and {form}_episode_1.png\n"
     with av.open(f"{form}_episode_1.mp4") as container:
         stream = container.streams.video[0]
@@ -171,7 +172,7 @@ def test_ticks_are_round() -> None:
 )
 def test_wrong_arguments(root: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
-        view.main([str(root), *arguments])
+        main([str(root), *arguments])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -181,7 +182,7 @@ def test_broken_episode_leaves_no_file(root: Path, tmp_path: Path, capsys: pytes
     path = tiny.video_path(broken, "cam_left_wrist", 0)
     tiny.write_video(path, [tiny.picture(number, (16, 24)) for number in range(view.BATCH + 1)])
     (tmp_path / "out").mkdir()
-    assert view.main([str(broken), "--episode", "0", "--out", str(tmp_path / "out/a.mp4")]) == 1
+    assert main([str(broken), "--episode", "0", "--out", str(tmp_path / "out/a.mp4")]) == 1
     assert f"{path} (camera 'cam_left_wrist', episode 0) cannot be decoded" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
 

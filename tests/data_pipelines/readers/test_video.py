@@ -192,7 +192,7 @@ def test_taken_video_is_nobody_elses(tmp_path: Path, idle: video_module._Idle) -
 
 
 FORK = """
-import os, pathlib, sys, numpy, data_pipelines.video as video
+import os, pathlib, sys, numpy, data_pipelines.readers.video as video
 video.decode_frames(pathlib.Path(sys.argv[1]), numpy.array([0]), float(sys.argv[2]), numpy.empty((1, 64, 96, 3), "u1"))
 child = os.fork()
 if not child:

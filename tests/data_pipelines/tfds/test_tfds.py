@@ -168,7 +168,7 @@ def test_shards_hold_each_episode_once(episodes: int) -> None:
 STOPPED = """
 import os, signal, sys, time
 from data_pipelines.tfds import convert
-from data_pipelines.tfds.__main__ import main
+from ahawam_jax.commands.convert import main
 original, calls = convert.example, []
 
 def example(*arguments):
