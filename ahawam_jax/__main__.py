@@ -5,6 +5,8 @@ import importlib
 import sys
 from typing import NamedTuple
 
+from data_pipelines.progress import finish_line
+
 
 class Command(NamedTuple):
     """module: has `main(argv)`, returning an exit status or None.  extra: of pyproject.toml, where it needs one."""
@@ -77,7 +79,10 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     sys.argv = [f"ahawam {name}", *argv[1:]]
-    return int(module.main(argv[1:]) or 0)
+    try:
+        return int(module.main(argv[1:]) or 0)
+    finally:
+        finish_line()  # so that an error gets a line of its own
 
 
 if __name__ == "__main__":

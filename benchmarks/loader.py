@@ -43,6 +43,7 @@ from data_pipelines.caches.frame_cache import DecodingFrames, open_frames
 from data_pipelines.caches.latent_cache import CachedLatents, LatentFolder, Latents
 from data_pipelines.canvas import CAMERAS, Canvas
 from data_pipelines.loader import THREADS, Source, make_loader
+from data_pipelines.progress import Progress
 from data_pipelines.readers.lerobot import IMAGE_PREFIX, LeRobot
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.recording.lerobot_writer import EncodedVideo, LeRobotWriter
@@ -190,6 +191,7 @@ def main() -> None:
     times = [f"times {name}" for name in BASELINES]
     print(_row("rows between key frames", "way", "samples/s", *times, "CPU ms per sample", *times))
     print("|---" * (4 + 2 * len(times)) + "|")
+    progress = Progress(len(GOPS) * ROUNDS * len(WAYS), "measurements", stream=sys.stderr)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         for gop in GOPS:
@@ -199,8 +201,10 @@ def main() -> None:
             dataset = open_episodes(root)
             totals = np.zeros((len(WAYS), 3))
             for _ in range(ROUNDS):
-                for total, way in zip(totals, WAYS.values(), strict=True):
-                    total += measure(way(dataset, folder), options.seconds / ROUNDS)
+                for total, (name, way) in zip(totals, WAYS.items(), strict=True):
+                    found = measure(way(dataset, folder), options.seconds / ROUNDS)
+                    total += found
+                    progress.add(f"{name} {found[0] / found[1]:.1f} samples/s", 1)
             rate, cost = totals[:, 0] / totals[:, 1], 1e3 * totals[:, 2] / totals[:, 0]
             first = range(len(BASELINES))
             for i, way in enumerate(WAYS):

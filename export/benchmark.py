@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from ahawam_jax.towers.latents import make_canvas
+from data_pipelines.progress import Progress
 from export.measure.ladder import WARM_UP, Call, Captured, Chunk, Refresh, Ways
 from export.measure.machine import describe
 from export.measure.models import BATCH, Models, chunk_bytes, cosine, exported_models, random_models, stage_bytes
@@ -150,7 +151,9 @@ def measure(
 ) -> tuple[dict[Any, Latency], dict[str, Latency]]:  # fmt: skip
     """`repeats` timed chunks of every way, in episodes of len(calls), after one that is discarded."""
     took: dict[Any, list[list[float]]] = {name: [] for name in (*chunks, *refreshes)}
-    for episode in range(1 + math.ceil(repeats / len(calls))):
+    episodes = 1 + math.ceil(repeats / len(calls))
+    progress = Progress(episodes * len(calls), "chunks of every way", stream=sys.stderr)
+    for episode in range(episodes):
         for times in took.values():
             times.append([])
         for i, call in enumerate(calls):
@@ -160,6 +163,7 @@ def measure(
                     took[name][episode].append(milliseconds(lambda: refresh(latents, frame), latents.device))  # noqa: B023
             for name, chunk in chunks.items():
                 took[name][episode].append(milliseconds(lambda: chunk(call), latents.device))  # noqa: B023
+            progress.add("", 1)
     found = {}
     for name, episodes in took.items():
         flat = np.concatenate(episodes[1:])

@@ -23,6 +23,7 @@ from typing import Any
 
 from absl import logging
 
+from data_pipelines.progress import Progress, say
 from export.engines.engine import LIBRARIES, current_gpu, engine_file, load_library
 from export.engines.onnx_graphs import GRAPHS, Graph, make_graphs, write_onnx
 from export.exported import load_export
@@ -78,14 +79,15 @@ def build(
         graphs = make_graphs(export)
         facts["shapes"] = {name: shapes(graph) for name, graph in graphs.items()}
         seconds: dict[str, float] = {}
+        progress = Progress(2 * len(GRAPHS), "files")
         for name in GRAPHS:
-            with timed(f"{name}.onnx", partial / onnx_file(name), seconds):
+            with timed(f"{name}.onnx", partial / onnx_file(name), seconds, progress):
                 write_onnx(graphs[name], partial / onnx_file(name))
         del graphs, export  # an engine is built from its file; the weights are not needed twice
         gc.collect()
         cache = partial / TIMING_CACHE if trt.__name__ == "tensorrt" else None
         for name in GRAPHS:
-            with timed(f"{name}.engine", partial / engine_file(name), seconds):
+            with timed(f"{name}.engine", partial / engine_file(name), seconds, progress):
                 plan = build_engine(trt, name, partial / onnx_file(name), TARGETS[target], facts["dtype"], cache)
                 (partial / engine_file(name)).write_bytes(plan)
                 del plan
@@ -123,13 +125,15 @@ def shapes(graph: Graph) -> dict[str, Any]:
 
 
 @contextmanager
-def timed(name: str, path: Path, seconds: dict[str, float]) -> Iterator[None]:
+def timed(name: str, path: Path, seconds: dict[str, float], progress: Progress) -> Iterator[None]:
     """Notes and prints how long a file took to make."""
     began = time.monotonic()
+    progress.add(name, 0)
     yield
     seconds[name] = round(time.monotonic() - began, 2)
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
-    print(f"  {name}: {seconds[name]:.1f} s, {size / 2**20:,.1f} MiB", flush=True)
+    progress.add("", 1)
+    say(f"  {name}: {seconds[name]:.1f} s, {size / 2**20:,.1f} MiB")
 
 
 def build_engine(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ahawam_jax.inference.policy import Policy
+from data_pipelines.progress import Progress
 from data_pipelines.simulation.env import EPISODE_STEPS, FPS, INSTRUCTIONS
 from data_pipelines.simulation.parallel import ParallelSims
 
@@ -70,6 +72,7 @@ def roll_out(
     """
     film = range(min(FILMED, len(seeds))) if folder else ()
     latencies, run, actions = [], 0, None
+    progress = Progress(EPISODE_STEPS, f"steps of {len(seeds)} episodes, {name}", stream=sys.stderr)
     with ParallelSims(task, seeds, processes, film=film) as sims:
         observation = sims.observe()
         while run < EPISODE_STEPS:
@@ -78,6 +81,7 @@ def roll_out(
             latencies.append(time.perf_counter() - began)
             observation = sims.run(actions, RECORD_EVERY if folder else None)
             run += actions.shape[1]
+            progress.add(f"{sims.success.sum()} succeeded", actions.shape[1])
         result = Result(
             name, sims.success, sims.held,
             1e3 * float(np.mean(latencies[1:])) if refresh_every else 0.0,  # the first call compiles

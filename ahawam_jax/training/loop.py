@@ -26,6 +26,7 @@ from ahawam_jax.training.optimizer import OptimizerConfig, learning_rate, make_o
 from ahawam_jax.training.step import TrainState, create_state, make_train_step
 from ahawam_jax.training.validation import make_open_loop_error
 from data_pipelines.loader import evaluation_batches, make_loader
+from data_pipelines.progress import StatusLine, clock, finish_line, say
 from data_pipelines.statistics import to_lists
 
 # What may differ between a run and its continuation: it changes neither the result nor the checkpoint.
@@ -173,7 +174,7 @@ def train(config: ConfigDict, workdir: str | Path) -> float:
         position = {"batches": int(state.step), "seed": config.seed}
         checkpoints.save(state, run | {"data_position": position})
 
-    timer = _Timer(start)
+    timer, line = _Timer(start), StatusLine()
     with sharding.activation_rules(mesh):
         if start == config.train.steps:  # nothing left to train: a demo that was stopped later still reports it
             error = _validate(config, data, state, mesh, open_loop_error, tower)
@@ -185,11 +186,11 @@ def train(config: ConfigDict, workdir: str | Path) -> float:
             if step % config.train.log_every == 0 or step == config.train.steps:
                 means = log.flush()
                 log.scalars(step, {"learning_rate": float(schedule(step))})
-                _progress(step, config, means, timer.read(step))
+                line.show(_progress(step, config, means, timer.read(step)), step == config.train.steps)
             if step % config.train.validate_every == 0 or step == config.train.steps:
                 error = _validate(config, data, state, mesh, open_loop_error, tower)
                 log.scalars(step, {"open_loop_error": error})
-                print(f"step {step}: open-loop error {error:.4f} standard deviations", flush=True)
+                say(f"step {step}: open-loop error {error:.4f} standard deviations")
                 timer.skip(step)
             if step % config.train.checkpoint_every == 0 or step == config.train.steps or stop.requested:
                 save()
@@ -253,7 +254,8 @@ class _StopFlag:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this step, saving a checkpoint ...", file=sys.stderr, flush=True)
+        finish_line()
+        print("stopping after this step, saving a checkpoint ...", file=sys.stderr, flush=True)
 
 
 class _Timer:
@@ -282,14 +284,12 @@ class _Timer:
         return rate
 
 
-def _progress(step: int, config: ConfigDict, means: dict[str, float], rate: tuple[float, float]) -> None:
+def _progress(step: int, config: ConfigDict, means: dict[str, float], rate: tuple[float, float]) -> str:
     seconds, wait = rate
-    left = int(seconds * (config.train.steps - step))
-    print(
+    return (
         f"step {step}/{config.train.steps}  loss {means['loss']:.4f} (video {means['loss_video']:.4f}, action "
         f"{means['loss_action']:.4f})  {config.data.batch_size / seconds:.0f} samples/s  data wait {wait:.0%}  "
-        f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}",
-        flush=True,
+        f"ETA {clock(seconds * (config.train.steps - step))}"
     )
 
 

@@ -6,6 +6,7 @@ import jax
 
 from ahawam_jax.verification import model_checks, tower_checks
 from ahawam_jax.verification.fixtures import WEIGHTS, Suite
+from data_pipelines.progress import Progress, say
 
 
 def verify(folder: Path, only: list[str] | None = None) -> int:
@@ -17,7 +18,10 @@ def verify(folder: Path, only: list[str] | None = None) -> int:
         raise ValueError(f"No fixture named {', '.join(unknown)}; {folder} has {', '.join(suite.fixtures)}.")
     failed, checked, later = 0, 0, []
     print(f"{folder} on {jax.devices()[0].device_kind}, jax {jax.__version__}: worst relative error per fixture")
-    for name in only or suite.fixtures:
+    names = only or suite.fixtures
+    progress = Progress(sum(name in checks for name in names), "fixtures")
+    for name in names:
+        progress.add(name, 0)
         summary, damage = "", []
         try:
             fixture = suite.load(name)
@@ -35,7 +39,8 @@ def verify(folder: Path, only: list[str] | None = None) -> int:
         except Exception as error:  # report every fixture, whatever is wrong with one of them
             problems = [*damage, str(error) if isinstance(error, (FileNotFoundError, ValueError)) else repr(error)]
         failed, checked = failed + bool(problems), checked + 1
-        print(f"  {'FAIL' if problems else 'ok  '}  {name:26s} {summary}", flush=True)
+        progress.add("", 1)
+        say(f"  {'FAIL' if problems else 'ok  '}  {name:26s} {summary}")
         for problem in problems[:20]:
             print(f"          {problem}")
         if len(problems) > 20:

@@ -10,8 +10,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,10 +18,10 @@ import numpy as np
 
 from data_pipelines.canvas import Canvas
 from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.progress import Progress
 
 CACHE_VERSION = 1  # raise it whenever the pixels of a canvas change for the same dataset
 BLOCK = 256  # rows decoded at a time, which bounds the memory of long episodes
-REPORT_SECONDS = 5.0
 
 
 class Frames(Protocol):
@@ -118,15 +116,15 @@ def _build(
     # Whole episodes in order: neighbours share a video file, and every worker decodes forward.
     episodes = range(len(dataset.lengths))
     write = partial(_write_episode, canvas, data, shape)
-    progress = _Progress(shape[0], folder.name)
+    progress = Progress(shape[0], f"rows of {folder.name}")
     if processes == 1:
         _set_dataset(dataset)
         for episode in episodes:
-            progress.add(write(episode))
+            progress.add("", write(episode))
     else:
         with multiprocessing.get_context("spawn").Pool(processes, _set_dataset, [dataset]) as pool:
             for rows in pool.imap_unordered(write, episodes):
-                progress.add(rows)
+                progress.add("", rows)
     with open(data, "rb+") as file:
         os.fsync(file.fileno())
     (unfinished / "key.json").write_text(json.dumps({"key": key, "shape": list(shape)}))
@@ -159,24 +157,3 @@ def pictures_key(dataset: Episodes, canvas: Canvas) -> str:
     """Hash of all that decides the canvases of a dataset: its pictures, views and size, the version of the code."""
     content = [CACHE_VERSION, list(canvas.head_size), canvas.cameras, dataset.identity()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-class _Progress:
-    """Says on stderr, every few seconds and at the end, how far the build is."""
-
-    def __init__(self, total: int, name: str) -> None:
-        self._total, self._name, self._done = total, name, 0
-        self._begin = self._said = time.monotonic()
-
-    def add(self, rows: int) -> None:
-        self._done += rows
-        now = time.monotonic()
-        if self._done == self._total or now - self._said > REPORT_SECONDS:
-            self._said = now
-            rate = self._done / max(now - self._begin, 1e-9)
-            left = (self._total - self._done) / rate
-            print(
-                f"{self._name}: {self._done}/{self._total} rows, {rate:.0f} rows/s, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )

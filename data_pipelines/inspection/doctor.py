@@ -6,7 +6,6 @@ Exit status 0: fine, with or without warnings.  1: problems, each the sentence t
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -30,6 +29,7 @@ from data_pipelines.inspection.checks import (
     promised_frames,
     tabulate,
 )
+from data_pipelines.progress import Progress, finish_line
 from data_pipelines.readers.lerobot import LeRobotV21, LeRobotV30
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.readers.robotwin import RobotwinClassic, RobotwinXPolicyLab
@@ -44,7 +44,6 @@ NEEDED = {"three": CAMERAS, "head": CAMERAS[:1], "mapped": ()}  # cameras that t
 LISTED = 20  # problems and warnings written out
 EXAMPLES = 3  # instructions written out
 MEASURED = 3  # episodes whose decoding is timed
-REPORT_SECONDS = 5.0
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
@@ -120,21 +119,17 @@ def examine(dataset: Episodes, cameras: Sequence[str], videos: bool, whole: bool
             for episode in episodes
             for camera in dataset.cameras
         ]
-    done, begin = 0, time.monotonic()
-    said = begin
+    progress = Progress(len(checks), "checks", stream=sys.stderr)  # stdout is for the page
     # Decoding runs outside the interpreter lock.
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         futures = [pool.submit(check) for _, _, check in checks]
-        for done, ((episode, camera, _), future) in enumerate(zip(checks, futures, strict=True)):
+        for (episode, camera, _), future in zip(checks, futures, strict=True):
             findings.add(future.result(), episode, camera)
-            now = time.monotonic()
-            if now - said > REPORT_SECONDS:
-                said, rate = now, (done + 1) / (now - begin)
-                left = (len(checks) - done - 1) / rate
-                print(f"{done + 1}/{len(checks)} checks, {rate:.1f}/s, {left:.0f} s left", file=sys.stderr, flush=True)
+            progress.add(f"{len(findings.problems)} problems", 1)
     except KeyboardInterrupt:
-        findings.left = len(checks) - done
+        findings.left = len(checks) - progress.done
+        finish_line()
     finally:
         pool.shutdown(cancel_futures=True)
     return findings

@@ -5,8 +5,6 @@ An mp4, and beside it a png of its middle frame.
 
 import os
 import sys
-import time
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,12 +13,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipelines.episodes import Episodes
 from data_pipelines.inspection.curves import Curves, panels_of
+from data_pipelines.progress import Progress
 from data_pipelines.recording.lerobot_writer import VideoFile, encode_video
 
 WIDTH, MARGIN, CAPTION, LABEL = 1280, 16, 64, 24  # pixels of the page, its border, its head, a name above a picture
 VIEW_HEIGHT = 360  # at most
 BATCH = 32  # rows decoded and encoded at a time
-REPORT_SECONDS = 5.0
 PAPER, INK, FAINT = (255, 255, 255), (33, 37, 41), (110, 117, 125)
 
 
@@ -72,7 +70,9 @@ def write_view(dataset: Episodes, episode: int, out: Path) -> None:
     try:
         video = VideoFile(unfinished, fps)
         try:
-            for rows in _progress(length):
+            progress = Progress(length, "rows", stream=sys.stderr)
+            for low in range(0, length, BATCH):
+                rows = range(low, min(low + BATCH, length))
                 pictures = {camera: dataset.frames(episode, camera, rows) for camera in page.views}
                 pages = [
                     page.draw(row, {camera: frames[i] for camera, frames in pictures.items()})
@@ -81,23 +81,13 @@ def write_view(dataset: Episodes, episode: int, out: Path) -> None:
                 if length // 2 in rows:
                     still = pages[length // 2 - rows[0]]
                 video.append(encode_video(np.stack([np.asarray(image) for image in pages]), fps))
+                progress.add("", len(rows))
         finally:
             video.close()
         unfinished.replace(out)
         still.save(out.with_suffix(".png"))
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _progress(length: int) -> Iterator[range]:
-    """The rows in batches; says on stderr every few seconds how far it is."""
-    begin = said = time.monotonic()
-    for low in range(0, length, BATCH):
-        now = time.monotonic()
-        if now - said > REPORT_SECONDS:
-            said, rate = now, low / (now - begin)
-            print(f"{low}/{length} rows, {rate:.0f} rows/s, {(length - low) / rate:.0f} s left", file=sys.stderr)
-        yield range(low, min(low + BATCH, length))
 
 
 def _view_boxes(dataset: Episodes) -> dict[str, tuple[int, int, int, int]]:

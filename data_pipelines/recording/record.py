@@ -4,8 +4,6 @@ import hashlib
 import itertools
 import json
 import shutil
-import sys
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -18,6 +16,7 @@ import numpy as np
 
 from data_pipelines.disk import whole_file, writing
 from data_pipelines.processes import worker_pool
+from data_pipelines.progress import Progress, say
 from data_pipelines.recording.lerobot_writer import EncodedVideo, LeRobotWriter, encode_video
 from data_pipelines.simulation.env import FPS, IMAGE_SIZES, INSTRUCTIONS, STATE_NAMES, AlohaSim
 from data_pipelines.simulation.expert import plan
@@ -81,19 +80,14 @@ def record(task: str, episodes: int, out: Path, processes: int, noise: float, se
     kind = hashlib.sha256(json.dumps([task, noise]).encode()).hexdigest()[:8]
     attempts = out.with_name(f".{out.name}.attempts-{kind}")
     safe = f"The episodes before are kept in {attempts}; the same command goes on from there."
-    started, kept = time.monotonic(), []
+    progress, kept = Progress(episodes, "episodes"), []
     with writing(out, safe), LeRobotWriter(out, FPS, STATE_NAMES, cameras, robot_type="aloha") as writer:
         attempts.mkdir(parents=True, exist_ok=True)
         with closing(_attempts(task, noise, seed0, processes, attempts, safe)) as files:
             for tried, file in enumerate(files, start=1):
                 if file.stat().st_size:
                     kept.append(file)
-                rate = len(kept) / (time.monotonic() - started)
-                left = (episodes - len(kept)) / rate if kept else float("inf")
-                print(
-                    f"\r{len(kept)}/{episodes} episodes, {rate:.2f}/s, {left:.0f} s left, expert {len(kept)}/{tried}",
-                    end="", file=sys.stderr, flush=True,
-                )  # fmt: skip
+                progress.add(f"expert {len(kept)}/{tried}", len(kept) - progress.done)
                 if len(kept) == episodes:
                     break
                 if not kept and tried >= _HOPELESS:
@@ -104,7 +98,7 @@ def record(task: str, episodes: int, out: Path, processes: int, noise: float, se
             episode = _load(file)
             writer.add_episode(episode.states, episode.actions, episode.videos, INSTRUCTIONS[task])
     shutil.rmtree(attempts)
-    print(f"\n{out}: {len(kept)} episodes in {time.monotonic() - started:.0f} s", file=sys.stderr)
+    say(f"{out}: {len(kept)} episodes in {progress.seconds:.0f} s")
 
 
 def _attempts(task: str, noise: float, seed0: int, processes: int, folder: Path, safe: str) -> Iterator[Path]:

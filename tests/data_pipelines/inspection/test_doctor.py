@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from ahawam_jax.commands.doctor import main
+from data_pipelines import progress
 from data_pipelines.caches.frame_cache import DecodingFrames
 from data_pipelines.canvas import Canvas
 from data_pipelines.episodes import DatasetError
@@ -196,10 +197,10 @@ def test_interrupted(
 def test_progress_goes_to_stderr(
     healthy: dict[str, Path], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "REPORT_SECONDS", -1)
+    monkeypatch.setattr(progress, "LOG_SECONDS", -1)
     main([str(healthy["v2.1"])])
     output = capsys.readouterr()
-    assert "12/12 checks, " in output.err and "checks" not in output.out
+    assert "  5 of 12 checks, " in output.err and "  12 of 12 checks, " in output.err and "checks" not in output.out
 
 
 # ---------------------------------------------------------------- warnings
