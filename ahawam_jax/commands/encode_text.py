@@ -28,7 +28,7 @@ from ahawam_jax.training.sharding import abstract, activation_rules, batch_shard
 from ahawam_jax.weights.convert import load
 from ahawam_jax.weights.files import open_weights
 from data_pipelines.progress import Progress
-from data_pipelines.readers.robocoin import open_datasets
+from data_pipelines.readers.subset import open_datasets
 
 Loader = Callable[[Mesh], tuple[TextEncoderConfig, Any]]
 
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--length must be at least 2 and --batch at least 1")
 
     try:
-        datasets = [dataset for path in options.dataset for dataset, _ in open_datasets(path)]
+        datasets = [part.dataset for path in options.dataset for part in open_datasets(path)]
         instructions = [text for dataset in datasets for text in dataset.instructions]
         prompts = [prompt(text) for text in [*instructions, *options.prompt]]
         tokenizer = Tokenizer(options.tokenizer, options.length)

@@ -30,7 +30,7 @@ from data_pipelines.caches.frame_cache import BLOCK, Frames
 from data_pipelines.caches.latent_cache import LatentFolder
 from data_pipelines.episodes import Episodes
 from data_pipelines.progress import Progress
-from data_pipelines.readers.robocoin import open_datasets
+from data_pipelines.readers.subset import open_datasets
 from data_pipelines.windows import WindowConfig, video_rows
 
 _SHARD = flags.DEFINE_string("shard", "0/1", "Which part of the work this job does, I/N with I from 0 to N-1.")
@@ -81,7 +81,7 @@ def encode_video(config: ConfigDict, shard: str = "0/1", batch: int = 8, estimat
     mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
     tower = build_video_tower(config.towers, model, replicated(mesh))
     windows, encode = make_windows(config, model), Encoder(tower, batch, mesh)
-    datasets = [dataset for dataset, _ in open_datasets(config.data.path)]
+    datasets = [part.dataset for part in open_datasets(config.data.path)]
     folders = [latent_folders(config, model, dataset, tower) for dataset in datasets]
     print_estimate(config, windows, encode, folders)
     if estimate_only:

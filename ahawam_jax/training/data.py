@@ -16,7 +16,7 @@ from data_pipelines.caches.frame_cache import DecodingFrames, Frames, open_frame
 from data_pipelines.caches.latent_cache import CachedLatents, Latents
 from data_pipelines.episodes import Episodes
 from data_pipelines.loader import Source, instructions
-from data_pipelines.readers.robocoin import open_datasets
+from data_pipelines.readers.subset import open_datasets
 from data_pipelines.statistics import Statistics, compute_by_robot
 from data_pipelines.windows import WindowConfig
 
@@ -51,7 +51,8 @@ def open_frames_of(dataset: Episodes, config: ConfigDict) -> Frames:
 
 def open_data(config: ConfigDict, model: ModelConfig, text_tower: TextTower, video_tower: VideoTower) -> Data:
     """Opens config.data and checks that it fits the model; every misfit is one sentence."""
-    datasets, canvas = open_datasets(config.data.path), make_canvas(config)
+    datasets = [(part.dataset, part.weight) for part in open_datasets(config.data.path)]
+    canvas = make_canvas(config)
     for dataset, _ in datasets:
         dataset.require_cameras(canvas.cameras)
         _check_fits(dataset, model, config.data.validation_episodes)

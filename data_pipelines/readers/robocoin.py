@@ -1,4 +1,4 @@
-"""RoboCOIN: many robots brought to one vector and three views, chosen and weighted by a subset file.
+"""RoboCOIN: many robots brought to one vector and three views.
 
 A RoboCOIN dataset is LeRobot v2.1, one folder per robot and task. Which number is which joint, and how the cameras
 are called, varies by robot: both are mapped by name, never by place.
@@ -6,11 +6,9 @@ are called, varies by robot: both are mapped by name, never by place.
 
 import hashlib
 import json
-import math
 import re
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -204,129 +202,6 @@ class Mapped(Episodes):
                 f"{self.root} is mapped without {', '.join(missing)}; it has: {', '.join(self.cameras)}. Name the "
                 "camera in the subset file."
             )
-
-
-# ---------------------------------------------------------------- subset files
-@dataclass(frozen=True)
-class Entry:
-    """A dataset of a subset file.
-
-    name: what it is called from then on, of letters, digits, dots, _ and -.  path: its folder, relative to the subset
-    file.  weight: its share of a mixture is weight / sum of weights.  robot: name of the embodiment, in place of the
-    recorded one; datasets of one robot share statistics.  layout: of LAYOUTS.  cameras: {view: recorded camera}, only
-    these views are used; left out, all three are found by name.  if_unmappable: "error", or "skip" to go on without
-    this dataset.
-    """
-
-    name: str
-    path: Path
-    weight: float
-    robot: str
-    layout: str
-    cameras: Mapping[str, str] | None = field(default=None, hash=False)
-    if_unmappable: str = "error"
-
-    def open(self) -> Mapped:
-        """The dataset in its layout."""
-        return Mapped(open_robocoin(self.path), LAYOUTS[self.layout], self.robot, self.cameras)
-
-
-def load_subset(path: str | Path) -> list[Entry]:
-    """The datasets of a subset file, a TOML file with a table [[dataset]] for each, in its order.
-
-    Raises DatasetError, naming the file and the dataset, for whatever is missing, misspelled or of the wrong kind.
-    Opens no dataset.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DatasetError(f"{path} does not exist; see data_pipelines/robocoin_example.toml for a subset file.")
-    try:
-        content = tomllib.loads(path.read_text())
-    except ValueError as error:
-        raise DatasetError(f"{path} is not valid TOML: {error}; correct it.") from error
-    tables = content.pop("dataset", None)
-    if content or not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
-        raise DatasetError(
-            f"{path} must hold tables [[dataset]], at least one, and nothing else; found "
-            f"{', '.join([*content, *(['dataset'] if tables is not None else [])]) or 'nothing'}."
-        )
-    entries = [_entry(table, f"{path}, dataset {number}", path.parent) for number, table in enumerate(tables, 1)]
-    names = [entry.name for entry in entries]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DatasetError(f"{path} names {', '.join(twice)} more than once; give every dataset its own name.")
-    return entries
-
-
-def open_subset(entries: Sequence[Entry]) -> tuple[dict[str, Mapped], dict[str, str]]:
-    """({name: dataset}, {name: why it was skipped}). Only what an entry allows to skip is skipped."""
-    opened, skipped = {}, {}
-    for entry in entries:
-        try:
-            opened[entry.name] = entry.open()
-        except UnmappableError as error:
-            if entry.if_unmappable == "error":
-                raise
-            skipped[entry.name] = str(error)
-    return opened, skipped
-
-
-def open_datasets(path: str | Path) -> list[tuple[Episodes, float]]:
-    """The datasets at a path and their weights: the one in a folder, or all of a subset file (.toml).
-
-    What a subset file allows to skip, and does not fit, is named on stdout and left out.
-    """
-    if Path(path).suffix != ".toml":
-        return [(open_episodes(path), 1.0)]
-    entries = load_subset(path)
-    opened, skipped = open_subset(entries)
-    for name, reason in skipped.items():
-        print(f"skipping {name}: {reason}", flush=True)
-    if not opened:
-        raise DatasetError(f"{path}: every dataset was skipped; correct the layouts or cameras of at least one.")
-    return [(opened[entry.name], entry.weight) for entry in entries if entry.name in opened]
-
-
-def _entry(table: dict[str, Any], where: str, folder: Path) -> Entry:
-    where = f"{where} ({table['name']})" if "name" in table else where
-    optional = [key for key in _RULES if key in ("cameras", "if_unmappable")]
-    unknown = [key for key in table if key not in _RULES]
-    missing = [key for key in _RULES if key not in table and key not in optional]
-    if unknown or missing:
-        raise DatasetError(
-            f"{where}: {'unknown ' + ', '.join(unknown) if unknown else 'lacks ' + ', '.join(missing)}; a dataset has "
-            f"{', '.join(key for key in _RULES if key not in optional)} and may have {' and '.join(optional)}."
-        )
-    for key, value in table.items():
-        kind, holds, expected = _RULES[key]
-        if not isinstance(value, kind) or isinstance(value, bool) or not holds(value):
-            raise DatasetError(f"{where}: {key} is {value!r}, expected {expected}.")
-    return Entry(**table | {"path": folder / table["path"]})
-
-
-def is_name(text: str) -> bool:
-    """Whether a text can name a dataset or robot: letters, digits, dots, _ and -, the first a letter or digit."""
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is not None
-
-
-def _are_views(value: dict[str, Any]) -> bool:
-    names = [name for name in value.values() if isinstance(name, str) and name]
-    return "cam_high" in value and value.keys() <= CAMERAS.keys() and len(set(names)) == len(value)
-
-
-# Of each entry of a [[dataset]]: its kind, a test, and what was expected.
-_RULES: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool], str]] = {
-    "name": (str, is_name, "letters, digits, dots, _ and -"),
-    "path": (str, bool, "the dataset's folder"),
-    "weight": ((int, float), lambda value: 0 < value < math.inf, "a positive number"),
-    "robot": (str, is_name, "letters, digits, dots, _ and -"),
-    "layout": (str, LAYOUTS.__contains__, f"one of {', '.join(LAYOUTS)}"),
-    "cameras": (
-        dict,
-        _are_views,
-        f"a table of the views {', '.join(CAMERAS)}, cam_high among them, each with a recorded camera of its own",
-    ),
-    "if_unmappable": (str, ("error", "skip").__contains__, '"error" or "skip"'),
-}
 
 
 def _read_subtasks(path: Path) -> dict[int, str]:

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from ahawam_jax.inference.policy import Policy
 from ahawam_jax.training.loop import train
-from data_pipelines.readers.robocoin import LAYOUTS, load_subset, open_subset
+from data_pipelines.readers.robocoin import LAYOUTS
+from data_pipelines.readers.subset import load_subset, open_subset
 from data_pipelines.statistics import compute_by_robot
 from tests.conftest import QUICK_COMPILE, REPOSITORY
 from tests.data_pipelines import tiny_dataset

@@ -1,4 +1,4 @@
-"""RoboCOIN: joints and cameras found by name, subtasks as text, and subset files that say what is wrong."""
+"""RoboCOIN: joints and cameras found by name, subtasks as text."""
 
 import json
 import shutil
@@ -13,13 +13,10 @@ from data_pipelines.readers import robocoin
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.readers.robocoin import (
     LAYOUTS,
-    Entry,
     Mapped,
     UnmappableError,
     find_cameras,
-    load_subset,
     open_robocoin,
-    open_subset,
     subtasks,
 )
 from tests.data_pipelines import tiny_dataset as tiny
@@ -172,108 +169,3 @@ def test_subtask_that_is_not_listed(broken: Path) -> None:
     pq.write_table(pq.read_table(path).drop_columns("subtask_annotation"), path)
     with pytest.raises(DatasetError, match="episode_000002.parquet: every row of subtask_annotation"):
         open_robocoin(broken).subtasks(2)
-
-
-# ---------------------------------------------------------------- subset files
-GOOD = {"name": "a", "path": "set", "weight": 2, "robot": "bot", "layout": "two_6dof_arms"}
-
-
-def write_subset(folder: Path, *tables: dict) -> Path:
-    """TOML writes strings, numbers and booleans as JSON does."""
-    lines = []
-    for table in tables:
-        lines.append("[[dataset]]")
-        for key, value in table.items():
-            inline = isinstance(value, dict)
-            pairs = ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items()) if inline else ""
-            lines.append(f"{key} = {{ {pairs} }}" if inline else f"{key} = {json.dumps(value)}")
-    path = folder / "subset.toml"
-    path.write_text("\n".join(lines))
-    return path
-
-
-def test_subset_file(tmp_path: Path) -> None:
-    cameras = {"cam_high": "cam_top"}
-    extra = {"name": "b.2-x", "weight": 0.5, "cameras": cameras, "if_unmappable": "skip"}
-    assert load_subset(write_subset(tmp_path, GOOD, GOOD | extra)) == [
-        Entry("a", tmp_path / "set", 2, "bot", "two_6dof_arms"),
-        Entry("b.2-x", tmp_path / "set", 0.5, "bot", "two_6dof_arms", cameras, "skip"),
-    ]
-
-
-def test_example_of_a_subset_file() -> None:
-    path = Path(robocoin.__file__).with_name("robocoin_example.toml")
-    entries = load_subset(path)
-    assert [entry.if_unmappable for entry in entries] == ["error", "error", "skip"]
-    assert entries[0].path == path.parent / "RoboCOIN/Cobot_Magic_fold_towel"
-    assert entries[1].cameras["cam_high"] == "cam_head_left_rgb" and entries[2].layout == "two_7dof_arms"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"name": "a/b"}, "name is 'a/b', expected letters, digits"),
-        ({"name": 3}, "name is 3, expected letters"),
-        ({"path": ""}, "path is '', expected the dataset's folder"),
-        ({"weight": 0}, "weight is 0, expected a positive number"),
-        ({"weight": True}, "weight is True, expected"),
-        ({"weight": "2"}, "weight is '2', expected"),
-        ({"robot": ".."}, "robot is '..', expected"),
-        ({"layout": "two_arms"}, "layout is 'two_arms', expected one of two_6dof_arms, two_7dof_arms"),
-        ({"cameras": {"cam_left_wrist": "x"}}, "cameras is .*expected a table of the views cam_high"),
-        ({"cameras": {"cam_high": "x", "cam_low": "y"}}, "cameras is .*expected a table"),
-        ({"cameras": {"cam_high": "x", "cam_left_wrist": "x"}}, "a recorded camera of its own"),
-        ({"cameras": {"cam_high": 1}}, "cameras is"),
-        ({"cameras": "cam_high"}, "cameras is"),
-        ({"if_unmappable": "ignore"}, "if_unmappable is 'ignore', expected .error. or .skip."),
-        ({"wieght": 2}, "unknown wieght; a dataset has name, path, weight, robot, layout and may have cameras"),
-    ],
-)
-def test_wrong_entry(tmp_path: Path, change: dict, message: str) -> None:
-    path = write_subset(tmp_path, GOOD | {"name": "first"}, GOOD | change)
-    with pytest.raises(DatasetError, match=f"subset.toml, dataset 2 .*{message}"):
-        load_subset(path)
-
-
-@pytest.mark.parametrize("key", GOOD)
-def test_missing_entry(tmp_path: Path, key: str) -> None:
-    table = {k: v for k, v in GOOD.items() if k != key}
-    with pytest.raises(DatasetError, match=f"dataset 1.*: lacks {key}; a dataset has"):
-        load_subset(write_subset(tmp_path, table))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[[dataset]", "is not valid TOML"),
-        ("", "must hold tables .*found nothing"),
-        ("dataset = 3", "must hold tables .*found dataset"),
-        ("dataset = [3]", "must hold tables"),
-        ("dataset = []", "must hold tables"),
-        ('seed = 1\n[[dataset]]\nname = "a"', "nothing else; found seed, dataset"),
-    ],
-)
-def test_wrong_file(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "subset.toml"
-    path.write_text(text)
-    with pytest.raises(DatasetError, match=message):
-        load_subset(path)
-
-
-def test_no_file_and_one_name_twice(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="subset.toml does not exist"):
-        load_subset(tmp_path / "subset.toml")
-    with pytest.raises(DatasetError, match="names a more than once"):
-        load_subset(write_subset(tmp_path, GOOD, GOOD))
-
-
-def test_skips_only_what_the_subset_says(root: Path) -> None:
-    fits = Entry("fits", root, 1, "bot", "two_6dof_arms")
-    wide = {"path": root, "weight": 1, "robot": "bot", "layout": "two_7dof_arms"}
-    opened, skipped = open_subset([fits, Entry("wide", **wide, if_unmappable="skip")])
-    assert list(opened) == ["fits"] and opened["fits"].robot == "bot"
-    assert list(skipped) == ["wide"] and "lacks left_arm_joint_7_rad" in skipped["wide"]
-    with pytest.raises(UnmappableError, match="lacks left_arm_joint_7_rad"):
-        open_subset([fits, Entry("wide", **wide)])
-    with pytest.raises(DatasetError, match="is not a folder"):  # whatever the subset says
-        open_subset([Entry("gone", root / "gone", 1, "bot", "two_6dof_arms", if_unmappable="skip")])

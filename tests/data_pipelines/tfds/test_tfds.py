@@ -16,7 +16,8 @@ tfds = pytest.importorskip("tensorflow_datasets")
 from ahawam_jax.commands.convert import main  # noqa: E402
 from data_pipelines.episodes import DatasetError  # noqa: E402
 from data_pipelines.readers.opening import open_episodes  # noqa: E402
-from data_pipelines.readers.robocoin import LAYOUTS, Entry, open_robocoin, subtasks  # noqa: E402
+from data_pipelines.readers.robocoin import LAYOUTS, open_robocoin, subtasks  # noqa: E402
+from data_pipelines.readers.subset import Entry  # noqa: E402
 from data_pipelines.tfds import layout  # noqa: E402
 from data_pipelines.tfds.builder import Folder, builder  # noqa: E402
 from data_pipelines.tfds.convert import _write_whole, convert, plan, write_shard  # noqa: E402
