@@ -72,6 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if not command.extra or (error.name or "").partition(".")[0] in ("ahawam_jax", "data_pipelines", "export"):
             raise
+        if {"-h", "--help"} & set(argv):
+            print(f"ahawam {name}: {command.about}. Its options are listed where {error.name} is installed.")
+            return 0
         print(
             f"error: ahawam {name} needs the package {error.name}, which is not installed; "
             f"pip install 'ahawam-jax[{command.extra}]', or make test's environment, brings it.",

@@ -30,6 +30,7 @@ from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.release import payload, release_shapes
 from ahawam_jax.weights.torch_file import write_torch
 from configs import robotwin
+from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress
 from data_pipelines.statistics import save_statistics
 
@@ -93,7 +94,7 @@ def timed(label: str, *command: str) -> tuple[str, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.full_size_weights", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--folder", type=Path, required=True, help="where to write, on a disk with 42 GiB to spare")
+    parser.add_argument("--folder", type=local_path, required=True, help="where to write; 42 GiB are needed")
     parser.add_argument("--only", choices=("write", "compare"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = ("source.pt", "imported", "exported.pt", "deployed", "dataset_stats.json")

@@ -43,6 +43,7 @@ from data_pipelines.caches.frame_cache import DecodingFrames, open_frames
 from data_pipelines.caches.latent_cache import CachedLatents, LatentFolder, Latents
 from data_pipelines.canvas import CAMERAS, Canvas
 from data_pipelines.loader import THREADS, Source, make_loader
+from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress
 from data_pipelines.readers.lerobot import IMAGE_PREFIX, LeRobot
 from data_pipelines.readers.opening import open_episodes
@@ -179,7 +180,7 @@ def measure(reading: Iterator[int], seconds: float) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--folder", type=Path, help="where the datasets lie or are to be written")
+    parser.add_argument("--folder", type=local_path, help="where the datasets lie or are to be written")
     parser.add_argument("--seconds", type=float, default=20, help="time for each row (default %(default)s)")
     options = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()

@@ -24,13 +24,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ahawam_jax.towers.latents import make_canvas
+from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress
 from export.measure.ladder import WARM_UP, Call, Captured, Chunk, Refresh, Ways
 from export.measure.machine import describe
@@ -350,7 +350,7 @@ def machine(device: torch.device, mode: str, with_jax: bool) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ahawam benchmark", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("folder", nargs="?", type=Path, help="an export; without one, random weights")
+    parser.add_argument("folder", nargs="?", type=local_path, help="an export; without one, random weights")
     parser.add_argument("--tiny", action="store_true", help="a smoke run on a CPU; small random weights, in float32")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 10], help="of the executor (%(default)s)")
     parser.add_argument("--repeats", type=int, default=48, help="timed chunks of every way (default %(default)s)")
@@ -358,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help="of torch.compile; autotuning takes minutes more")  # fmt: skip
     parser.add_argument("--no-jax", action="store_true", help="leave JAX and its 15 GB of weights out")
     parser.add_argument("--profile", action="store_true", help="also print where one chunk spends its time")
-    parser.add_argument("--out", type=Path, help="write all numbers here as JSON")
+    parser.add_argument("--out", type=local_path, help="write all numbers here as JSON")
     options = parser.parse_args(arguments)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of PyTorch's memory
     if min(options.steps) < 1 or options.repeats < 1:
@@ -378,7 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 models = exported_models(options.folder, steps, device)
             record = benchmark(models, options.mode, options.repeats, not options.no_jax, options.profile)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     weights = "random" if options.folder is None else str(options.folder)
     record = {"machine": about, "weights": weights, "dtype": str(models.dtype), "steps": steps, **record}

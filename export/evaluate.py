@@ -8,11 +8,11 @@ The deployed counterpart of `ahawam evaluate`: the same seeds, the same simulati
 
 import argparse
 import sys
-from pathlib import Path
 
 from absl import logging
 
 from ahawam_jax.evaluation.rollouts import HEADER, policy_actor, roll_out
+from data_pipelines.paths import local_path
 from export.runtime import DeployedPolicy
 
 
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ahawam evaluate-export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     logging.set_verbosity(logging.ERROR)
-    parser.add_argument("export", type=Path, help="folder of ahawam to-torch")
+    parser.add_argument("export", type=local_path, help="folder of ahawam to-torch")
     parser.add_argument("--task", default="transfer_cube", choices=("transfer_cube", "insertion"))
     parser.add_argument("--episodes", type=int, default=50, help="unseen seeds 0, 1, ... (default %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="simulation workers (default %(default)s)")
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         actor = policy_actor(policy, options.task, options.episodes)
         seeds = range(options.episodes)
         result = roll_out("deployed", options.task, seeds, actor, options.processes, None, policy.config.refresh_every)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(", ".join(f"{graph}: {backend}" for graph, backend in policy.backends.items()))

@@ -23,6 +23,7 @@ from typing import Any
 
 from absl import logging
 
+from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress, say
 from export.engines.engine import LIBRARIES, current_gpu, engine_file, load_library
 from export.engines.onnx_graphs import GRAPHS, Graph, make_graphs, write_onnx
@@ -193,9 +194,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ahawam to-tensorrt", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     logging.set_verbosity(logging.ERROR)
-    parser.add_argument("folder", type=Path, help="what ahawam to-torch wrote")
+    parser.add_argument("folder", type=local_path, help="what ahawam to-torch wrote")
     parser.add_argument("--target", choices=tuple(TARGETS), required=True, help="GPU of the robot")
-    parser.add_argument("--out", type=Path, help="folder to write (default: FOLDER/engines-TARGET)")
+    parser.add_argument("--out", type=local_path, help="folder to write (default: FOLDER/engines-TARGET)")
     parser.add_argument("--package", choices=LIBRARIES, help="default: the first that is installed")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: the export's)")
     parser.add_argument("--steps", type=int, help="Euler steps of the executor (default: config.policy.steps)")

@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from ahawam_jax.checkpoints import Checkpoints, find_step, stored_arrays
+from ahawam_jax.checkpoints import Checkpoints, find_step
 from ahawam_jax.commands.export_weights import export_checkpoint
 from ahawam_jax.models.aha_wam import abstract_params
 from ahawam_jax.models.config import ModelConfig
@@ -35,6 +35,7 @@ from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.release import TABLE
 from ahawam_jax.weights.safetensors_file import write_safetensors
 from ahawam_jax.weights.tensors import Tensor
+from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress
 from data_pipelines.statistics import FILE as STATISTICS
 from data_pipelines.statistics import Statistics, pick_robot, save_statistics
@@ -54,7 +55,7 @@ def convert(path: str | Path, out: str | Path, dtype: str | None = None, robot: 
     dtype: "float32" or "bfloat16"; None for config.model.dtype. robot: whose statistics, where there are several.
     Raises ExportError, or another ValueError of what it reads, in sentences; `out` does not exist then.
     """
-    out = Path(out)
+    out = local_path(out)
     if out.exists():
         raise ExportError(f"{out} exists; remove it or give another --out, nothing is overwritten.")
     workdir, step = find_step(path)
@@ -68,7 +69,7 @@ def convert(path: str | Path, out: str | Path, dtype: str | None = None, robot: 
     torch_dtype(dtype)
     statistics = run_statistics(run, path, robot)
     check_widths(statistics, model, str(path))
-    arrays = stored_arrays(checkpoints.folder / str(step) / "inference")
+    arrays = checkpoints.arrays(step)
     check_room(out, arrays, dtype)
 
     partial = out.with_name(f".{out.name}.partial")  # what an interrupted conversion leaves; nobody reads it
@@ -224,8 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ahawam to-torch", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     logging.set_verbosity(logging.ERROR)  # orbax reports every file it reads
-    parser.add_argument("checkpoint", type=Path, help="workdir of a run or an import, or one of its steps")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not exist")
+    parser.add_argument("checkpoint", type=local_path, help="workdir of a run or an import, or one of its steps")
+    parser.add_argument("--out", type=local_path, required=True, help="folder to write; it must not exist")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: config.model.dtype)")
     parser.add_argument("--robot", help="whose statistics to take, where the run was trained on several")
     options = parser.parse_args(argv)

@@ -23,6 +23,7 @@ import torch
 from absl import logging
 
 from ahawam_jax.weights.release import to_release
+from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress
 from export.checks import blocks
 from export.checks.reference import Call, Reference
@@ -189,11 +190,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ahawam validate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     logging.set_verbosity(logging.ERROR)
-    parser.add_argument("folder", type=Path, help="what ahawam to-torch wrote")
-    parser.add_argument("--engines", type=Path, help="what ahawam to-tensorrt wrote (default: FOLDER/engines-*)")
-    parser.add_argument("--dataset", type=Path, help="recorded samples come from it (default: only random ones)")
+    parser.add_argument("folder", type=local_path, help="what ahawam to-torch wrote")
+    parser.add_argument("--engines", type=local_path, help="what ahawam to-tensorrt wrote (default: FOLDER/engines-*)")
+    parser.add_argument("--dataset", type=local_path, help="recorded samples come from it (default: only random ones)")
     parser.add_argument("--samples", type=int, default=4, help="of each kind (default 4)")
-    parser.add_argument("--checkpoint", type=Path, help="weights of the reference (default: the export's)")
+    parser.add_argument("--checkpoint", type=local_path, help="weights of the reference (default: the export's)")
     options = parser.parse_args(argv)
     try:
         report = validate(options.folder, options.engines, options.dataset, options.samples, options.checkpoint)

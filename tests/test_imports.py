@@ -22,9 +22,10 @@ AHAWAM = {
     "sampling": {"models", "flow_matching"},
     "weights": {"models"},
     "towers": {"models", "weights"},
-    "checkpoints": {"weights"},
+    "checkpoint_files": set(),
+    "checkpoints": {"weights", "checkpoint_files"},
     "inference": {"models", "sampling", "weights", "towers", "checkpoints"},
-    "training": {"models", "flow_matching", "sampling", "weights", "towers", "checkpoints"},
+    "training": {"models", "flow_matching", "sampling", "weights", "towers", "checkpoint_files", "checkpoints"},
     "verification": {"models", "flow_matching", "sampling", "weights", "towers", "training"},
     "evaluation": {"inference"},
     "commands": {
@@ -35,20 +36,21 @@ AHAWAM = {
 }  # fmt: skip
 DATA = {
     "ownership": set(),
+    "paths": set(),
     "episodes": set(),
     "progress": set(),
     "disk": set(),
     "processes": set(),
     "canvas": set(),
-    "readers": {"episodes", "tfds", "disk"},
-    "caches": {"episodes", "canvas", "progress", "disk", "ownership", "processes"},
+    "readers": {"episodes", "tfds", "disk", "paths"},
+    "caches": {"episodes", "canvas", "progress", "disk", "ownership", "processes", "paths"},
     "statistics": {"episodes", "disk"},
     "windows": {"episodes", "caches", "statistics"},
     "loader": {"episodes", "caches", "statistics", "windows", "processes"},
     "simulation": {"progress", "processes"},
-    "recording": {"simulation", "progress", "episodes", "disk", "ownership", "processes"},
+    "recording": {"simulation", "progress", "episodes", "disk", "ownership", "processes", "paths"},
     "inspection": {"episodes", "readers", "canvas", "windows", "loader", "recording", "progress", "disk"},
-    "tfds": {"episodes", "readers", "caches", "progress", "disk", "ownership"},
+    "tfds": {"episodes", "readers", "caches", "progress", "disk", "ownership", "paths"},
 }
 EXPORT = {
     "manifest": set(),

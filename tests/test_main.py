@@ -1,11 +1,13 @@
 """The one door: every command is behind it, and it starts nothing before it knows which."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from absl.testing import flagsaver
 
 from ahawam_jax import __main__ as door
 
@@ -49,6 +51,7 @@ def test_a_missing_package_is_a_sentence(
     assert door.main(["to-torch", "x"]) == 1
     said = capsys.readouterr().err
     assert "needs the package torch, which is not installed; pip install 'ahawam-jax[export]'" in said
+    assert door.main(["to-torch", "--help"]) == 0 and "where torch is installed" in capsys.readouterr().out
 
 
 def test_dashes_and_underscores_are_the_same(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,3 +66,56 @@ def test_data_commands_start_no_jax() -> None:
     modules = [door.COMMANDS[name].module for name in ("record", "view", "convert")]  # grain brings it to the doctor
     code = f"import sys, {', '.join(modules)}; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+# Of every command the arguments that name files and folders, one of them an address.
+ADDRESSED = {
+    "record": ["--task=insertion", "--out=ADDRESS"],
+    "doctor": ["ADDRESS"],
+    "view": ["ADDRESS", "--episode=0"],
+    "convert": ["--dataset=x", "--out=ADDRESS"],
+    "encode-text": ["--weights=x", "--tokenizer=x", "--cache=x", "--dataset", "x", "ADDRESS"],
+    "encode-video": ["--config=tests/tiny_config.py", "--config.data.latents=ADDRESS"],
+    "train": ["--config=tests/tiny_config.py", "--workdir=ADDRESS"],
+    "demo": ["--config=tests/tiny_config.py", "--workdir=x", "--config.data.path=ADDRESS"],
+    "import-weights": ["--config=tests/tiny_config.py", "--workdir=ADDRESS", "--source=x"],
+    "export-weights": ["x", "ADDRESS"],
+    "inspect": ["ADDRESS"],
+    "verify": ["ADDRESS"],
+    "imagine": ["x", "--image=x.png", "--instruction=x", "--text-cache=ADDRESS"],
+    "to-torch": ["x", "--out=ADDRESS"],
+    "to-tensorrt": ["x", "--out=ADDRESS"],
+    "validate": ["x", "--checkpoint=ADDRESS"],
+    "benchmark": ["--out=ADDRESS"],
+    "compile-policy": ["ADDRESS", "--out=x"],
+    "evaluate": ["x", "--out=ADDRESS"],
+    "evaluate-export": ["ADDRESS"],
+}
+
+ABSL = {f"ahawam_jax.commands.{name}" for name in ("encode_video", "train", "demo", "import_weights", "inspect")}
+
+
+@flagsaver.flagsaver
+def stop_of(name: str, *argv: str) -> SystemExit:
+    with pytest.raises(SystemExit) as stop:
+        door.main([name, *argv])
+    return stop.value
+
+
+@pytest.mark.parametrize("name", door.COMMANDS)
+def test_help_and_addresses(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--help is no error, and an address where a path belongs ends the command before it does anything."""
+    importlib.import_module(door.COMMANDS[name].module)  # flags that are defined here stay
+    absl = door.COMMANDS[name].module in ABSL
+    for flag in ("--help", "-h", *(("--helpfull", "-helpshort") if absl else ())):
+        assert stop_of(name, flag).code == 0
+        assert "--" in capsys.readouterr().out
+    argv = [argument.replace("ADDRESS", "gs://bucket/x") for argument in ADDRESSED[name]]
+    argv = [argument.replace("tests/", f"{REPOSITORY}/tests/") for argument in argv]
+    monkeypatch.chdir(tmp_path)
+    stop = stop_of(name, *argv)
+    said = stop.code if isinstance(stop.code, str) else capsys.readouterr().err
+    assert stop.code and "gs://bucket/x is an address, but only files and folders of this machine" in said
+    assert not list(tmp_path.iterdir())

@@ -7,19 +7,19 @@ runs them.
 
 import argparse
 import sys
-from pathlib import Path
 
 from absl import logging
 
 from ahawam_jax.inference.policy import Policy
+from data_pipelines.paths import local_path
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ahawam compile-policy", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     logging.set_verbosity(logging.ERROR)  # orbax reports every file it reads
-    parser.add_argument("checkpoint", type=Path, help="workdir of a run or an import, or one of its steps")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("checkpoint", type=local_path, help="workdir of a run or an import, or one of its steps")
+    parser.add_argument("--out", type=local_path, required=True, help="folder to write to")
     parser.add_argument("--episodes", type=int, default=1, help="episodes at a time (default %(default)s)")
     parser.add_argument("--steps", type=int, help="Euler steps of the executor (default: config.policy.steps)")
     parser.add_argument("--robot", help="whose statistics, where the run was trained on several")

@@ -6,9 +6,9 @@
 import argparse
 import sys
 import time
-from pathlib import Path
 
 from data_pipelines.episodes import DatasetError
+from data_pipelines.paths import local_path
 from data_pipelines.readers.robocoin import UnmappableError
 from data_pipelines.readers.subset import is_name, load_subset
 from data_pipelines.tfds.builder import ENCODINGS, Folder, Source
@@ -26,9 +26,9 @@ def main(argv: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset", type=Path, help="folder of one dataset, converted as recorded")
-    source.add_argument("--subset", type=Path, help="subset file; its datasets are mapped to their layouts")
-    parser.add_argument("--out", type=Path, required=True, help="folder for <out>/robot_episodes/<name>/1.0.0")
+    source.add_argument("--dataset", type=local_path, help="folder of one dataset, converted as recorded")
+    source.add_argument("--subset", type=local_path, help="subset file; its datasets are mapped to their layouts")
+    parser.add_argument("--out", type=local_path, required=True, help="folder for <out>/robot_episodes/<name>/1.0.0")
     parser.add_argument("--image-format", choices=sorted(ENCODINGS), default="jpeg", help="png keeps every bit")
     parser.add_argument("--episodes-per-shard", type=int, default=50, help="at most so many episodes in a file")
     parser.add_argument(

@@ -44,7 +44,7 @@ def _demo(argv: list[str]) -> None:
         recorded = time.monotonic()
         error = train(config, workdir / "run")
         trained = time.monotonic()
-    except (ValueError, FileNotFoundError, FloatingPointError) as mistake:
+    except (ValueError, OSError, FloatingPointError) as mistake:
         sys.exit(f"error: {mistake}")
     except Interrupted as stop:
         sys.exit(str(stop))

@@ -1,9 +1,9 @@
 """One page on a dataset: what it holds, what is wrong with it, how fast it decodes."""
 
 import argparse
-from pathlib import Path
 
 from data_pipelines.inspection.doctor import NEEDED, diagnose
+from data_pipelines.paths import local_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
         description="One page on a dataset: what it holds, what is wrong with it, how fast it decodes. Problems are "
         "the sentences that would stop training; with any, the exit status is 1.",
     )
-    parser.add_argument("path", type=Path, help="folder of a LeRobot or RoboTwin dataset")
+    parser.add_argument("path", type=local_path, help="folder of a LeRobot or RoboTwin dataset")
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument("--fast", action="store_true", help="metadata and rows only, no video")
     depth.add_argument("--full", action="store_true", help="decode every frame, not a few of every video")

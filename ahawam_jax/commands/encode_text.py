@@ -27,6 +27,7 @@ from ahawam_jax.towers.text_encoder_names import TABLE, text_encoder_tensors
 from ahawam_jax.training.sharding import abstract, activation_rules, batch_sharding, make_mesh, put_batch, shardings
 from ahawam_jax.weights.convert import load
 from ahawam_jax.weights.files import open_weights
+from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress
 from data_pipelines.readers.subset import open_datasets
 
@@ -104,10 +105,10 @@ def load_text_encoder(path: Path, mesh: Mesh) -> tuple[TextEncoderConfig, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ahawam encode-text", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--weights", type=Path, required=True, help="file or folder with the encoder's weights")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json, or that file")
-    parser.add_argument("--cache", type=Path, required=True, help="folder to write to; made where it does not exist")
-    parser.add_argument("--dataset", type=Path, nargs="+", default=[], help="datasets or subset files to encode")
+    parser.add_argument("--weights", type=local_path, required=True, help="file or folder with the encoder's weights")
+    parser.add_argument("--tokenizer", type=local_path, required=True, help="folder with tokenizer.json, or that file")
+    parser.add_argument("--cache", type=local_path, required=True, help="folder to write to, made where there is none")
+    parser.add_argument("--dataset", type=local_path, nargs="+", default=[], help="datasets or subset files to encode")
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TASK", help="single instructions, each in quotes")
     parser.add_argument("--length", type=int, default=128, help="tokens per prompt (default 128, the release's)")
     parser.add_argument("--batch", type=int, default=16, help="prompts encoded at once (default 16)")
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
         load = functools.partial(load_text_encoder, options.weights)
         encode_prompts(prompts, options.cache, tokenizer, load, mesh, options.batch, options.shard)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -29,6 +29,7 @@ from ahawam_jax.training.sharding import batch_sharding, make_mesh, put_batch, r
 from data_pipelines.caches.frame_cache import BLOCK, Frames
 from data_pipelines.caches.latent_cache import LatentFolder
 from data_pipelines.episodes import Episodes
+from data_pipelines.paths import refuse_addresses
 from data_pipelines.progress import Progress
 from data_pipelines.readers.subset import open_datasets
 from data_pipelines.windows import WindowConfig, video_rows
@@ -74,6 +75,7 @@ def encode_video(config: ConfigDict, shard: str = "0/1", batch: int = 8, estimat
 
     Raises ValueError, in sentences, for what does not fit, is damaged or finds no room.
     """
+    refuse_addresses(config.to_dict(), "config.")
     part, parts = parse_shard(shard)
     if not config.data.latents:
         raise ValueError("config.data.latents is empty; give the folder to write to, --config.data.latents=DIR.")

@@ -8,14 +8,15 @@ run's config.policy. Writes an mp4 and a contact sheet of the first episodes to 
 
 import argparse
 import sys
-from pathlib import Path
+
+from data_pipelines.paths import local_path
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="ahawam evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("run", type=Path, help="workdir or checkpoint step")
+    p.add_argument("run", type=local_path, help="workdir or checkpoint step")
     p.add_argument("--task", default="transfer_cube", choices=("transfer_cube", "insertion"))
     p.add_argument("--episodes", type=int, default=50, help="unseen seeds 0, 1, ... (default %(default)s)")
     p.add_argument("--processes", type=int, default=2, help="simulation workers (default %(default)s)")
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
                        ("routing", "adapt the planner context to the newest frame")):  # fmt: skip
         p.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text)
     p.add_argument("--blank", action="store_true", help="show the policy black images: a control that must fail")
-    p.add_argument("--out", type=Path, help="folder for the video and contact sheet (default RUN/rollouts)")
+    p.add_argument("--out", type=local_path, help="folder for the video and contact sheet (default RUN/rollouts)")
     return p
 
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
             label, options.task, range(options.episodes), actor, options.processes, options.out or
             options.run / "rollouts", policy.config.refresh_every,
         )  # fmt: skip
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     print(HEADER)
     print(result.row())

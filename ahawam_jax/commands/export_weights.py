@@ -11,7 +11,7 @@ import flax
 import numpy as np
 from absl import logging
 
-from ahawam_jax.checkpoints import CheckpointError, Checkpoints, check_arrays, find_step, stored_arrays
+from ahawam_jax.checkpoints import Checkpoints, find_step
 from ahawam_jax.models.aha_wam import abstract_params
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.weights.convert import store
@@ -19,6 +19,7 @@ from ahawam_jax.weights.release import TABLE, payload
 from ahawam_jax.weights.safetensors_file import write_safetensors
 from ahawam_jax.weights.tensors import DTYPES, WeightsError
 from ahawam_jax.weights.torch_file import write_torch
+from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress
 
 
@@ -27,15 +28,15 @@ def export_checkpoint(path: str | Path, out: str | Path, dtype: str | None = Non
 
     dtype: "bfloat16" or "float32"; None keeps what is stored, so that an import exports bit for bit.
     """
-    out = Path(out)
+    out = local_path(out)
     if out.suffix not in (".pt", ".safetensors"):
         raise WeightsError(f"{out} must end in .pt (release layout) or .safetensors.")
     workdir, step = find_step(path)
     checkpoints = Checkpoints(workdir)
     run = checkpoints.restore_run(step)
-    item = checkpoints.folder / str(step) / "inference"
-    check_arrays(item, flax.linen.unbox(abstract_params(ModelConfig.create(run["config"]["model"]))))
-    arrays = stored_arrays(item)
+    like = flax.linen.unbox(abstract_params(ModelConfig.create(run["config"]["model"])))
+    checkpoints.check_fits(step, "inference", like)
+    arrays = checkpoints.arrays(step)
     size = sum(int(np.prod(x.shape)) for x in arrays.values())
     progress, held = Progress(size, "G parameters", 10**9), ("", np.empty(0))
 
@@ -65,13 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ahawam export-weights", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     logging.set_verbosity(logging.ERROR)  # orbax reports every file it reads
-    parser.add_argument("checkpoint", type=Path, help="workdir of a run or an import, or one of its steps")
-    parser.add_argument("out", type=Path, help="file to write: .pt in the release's layout, or .safetensors")
+    parser.add_argument("checkpoint", type=local_path, help="workdir of a run or an import, or one of its steps")
+    parser.add_argument("out", type=local_path, help="file to write: .pt in the release's layout, or .safetensors")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as stored in the checkpoint")
     options = parser.parse_args(argv)
     try:
         export_checkpoint(options.checkpoint, options.out, options.dtype)
-    except (WeightsError, CheckpointError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -7,8 +7,12 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from data_pipelines.paths import AddressError, local_path, refuse_addresses
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a file in configs/.")
 FLAGS = flags.FLAGS
+# Absl ends these with 1, as if they were mistakes.
+HELP = {"-h", "-?", *(dashes + name for dashes in ("-", "--") for name in ("help", "helpshort", "helpfull"))}
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: its checkpoints and logs.")
 
 
@@ -28,7 +32,7 @@ def run_with_flags(main: Callable[[list[str]], None], arguments: list[str] | Non
     """
 
     def parse(argv: list[str]) -> list[str]:
-        if {"-h", "-help", "--help"} & set(argv):
+        if HELP & set(argv):
             print(sys.modules[main.__module__].__doc__)
             print(FLAGS.module_help(__name__), FLAGS.module_help(main.__module__), sep="\n")
             sys.exit(0)
@@ -42,12 +46,23 @@ def run_with_flags(main: Callable[[list[str]], None], arguments: list[str] | Non
 
     def run(argv: list[str]) -> None:
         try:
+            _refuse_addresses(argv, main.__module__)
             main(argv)
-        except app.UsageError as error:
+        except (app.UsageError, AddressError) as error:
             sys.exit(f"error: {error}")
 
     logging.set_verbosity(logging.ERROR)  # orbax reports every file it writes
     app.run(run, sys.argv if arguments is None else [sys.argv[0], *arguments], flags_parser=parse)
+
+
+def _refuse_addresses(argv: list[str], module: str) -> None:
+    """No flag, argument or field of the config is an address where files are read and written."""
+    for argument in argv[1:]:
+        local_path(argument)
+    own = FLAGS.flags_by_module_dict()
+    refuse_addresses({flag.name: flag.value for name in (__name__, module) for flag in own.get(name, ())}, "--")
+    if CONFIG.value is not None:
+        refuse_addresses(CONFIG.value.to_dict(), "config.")
 
 
 def parse_shard(text: str) -> tuple[int, int]:

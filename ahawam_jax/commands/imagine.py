@@ -9,7 +9,6 @@ whole canvas, head view on top and wrists below; with --dataset it is composed a
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from ahawam_jax.towers.building import build_text_tower, build_video_tower
 from ahawam_jax.towers.encoding import pixels
 from ahawam_jax.towers.latents import make_canvas
 from data_pipelines.caches.frame_cache import DecodingFrames
+from data_pipelines.paths import local_path
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.recording.lerobot_writer import encode_video
 
@@ -83,19 +83,19 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="ahawam imagine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("run", type=Path, help="workdir or checkpoint step")
-    p.add_argument("--image", type=Path, help="the current canvas, any picture file; resized to the model's canvas")
+    p.add_argument("run", type=local_path, help="workdir or checkpoint step")
+    p.add_argument("--image", type=local_path, help="the current canvas, any picture file; is resized to the model's")
     p.add_argument("--instruction", help="what to do; with --dataset the episode's own by default")
-    p.add_argument("--dataset", type=Path, help="dataset to take the current frame, and what followed, from")
+    p.add_argument("--dataset", type=local_path, help="dataset to take the current frame, and what followed, from")
     p.add_argument("--episode", type=int, default=0)
     p.add_argument("--row", type=int, default=0, help="control step of the current frame within the episode")
     p.add_argument("--frames", type=int, default=9, help="length of the video, 1 + 4k (default %(default)s)")
     p.add_argument("--steps", type=int, default=20, help="Euler steps (default %(default)s)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--bidirectional", action="store_true", help="for a planner that is still plain Wan2.2")
-    p.add_argument("--video-weights", help="VAE file or folder, if not where the run's config says")
-    p.add_argument("--text-cache", help="folder of text tokens, if not where the run's config says")
-    p.add_argument("--out", type=Path, default=Path("imagined.mp4"), help="default %(default)s, and a .png beside it")
+    p.add_argument("--video-weights", type=local_path, help="VAE file or folder, if not where the run's config says")
+    p.add_argument("--text-cache", type=local_path, help="folder of text tokens, if not where the run's config says")
+    p.add_argument("--out", type=local_path, default="imagined.mp4", help="default %(default)s, and a .png beside it")
     return p
 
 
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model, params, record = load_run(options.run)
         config = ConfigDict(record["config"])
-        config.towers.update({name: getattr(options, name) for name in TOWER_FILES if getattr(options, name)})
+        config.towers.update({name: str(getattr(options, name)) for name in TOWER_FILES if getattr(options, name)})
         panels, instruction, fps = current_frame(options, config)
         frames = believe(
             model, params, config, panels["now"][0], instruction, options.frames, options.steps, options.seed,

@@ -28,6 +28,7 @@ from ahawam_jax.weights.convert import flatten
 from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.importing import load_model
 from ahawam_jax.weights.tensors import WeightsError
+from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress
 from data_pipelines.statistics import load_statistics, to_lists
 
@@ -44,6 +45,8 @@ def import_checkpoint(
 
     Raises WeightsError or DatasetError, in sentences, for files that do not fit; nothing is written then.
     """
+    for path in (source, workdir, statistics):
+        local_path(path)
     model = ModelConfig.create(config.model)
     mesh = sharding.make_mesh(config.mesh)
     weights = open_weights(source, "planner")

@@ -5,8 +5,8 @@
     ahawam inspect Wan2.2-TI2V-5B                            # planner, VAE and text encoder in a folder
     ahawam inspect runs/robotwin/run                         # a workdir or one of its checkpoints
 
-Only headers are read, so this takes seconds at any size; --values reads everything and finds NaN and infinity. Exits
-with 1 if something is wrong or does not fit.
+Only headers are read, so this takes seconds at any size; --values reads everything, finds NaN and infinity, and
+compares a checkpoint with what was saved. Exits with 1 if something is wrong or does not fit.
 """
 
 import re
@@ -150,16 +150,14 @@ def report(problems: list[str], verdict: str) -> int:
 
 
 # --------------------------------------------------------------------------------------------------- checkpoints
-def inspect_checkpoint(path: Path, config: ModelConfig | None) -> int:
+def inspect_checkpoint(path: Path, config: ModelConfig | None, values: bool) -> int:
     """Prints what a checkpoint of ours holds; returns the number of problems."""
     workdir, step = checkpoints.find_step(path)
     manager = checkpoints.Checkpoints(workdir)
     run = manager.restore_run(step)
-    manager.close()
-    folder = manager.folder / str(step)
-    items = sorted(item.name for item in folder.iterdir() if item.is_dir())
-    print(f"{folder}: items {', '.join(items)}")
-    arrays = checkpoints.stored_arrays(folder / "inference")
+    items = list(run["arrays"])
+    print(f"{manager.folder / str(step)}: items {', '.join(sorted([*items, 'run']))}")
+    arrays = manager.arrays(step)
     print_table(arrays, lambda name: next((label for label, part in COMPONENTS if _under(name, part)), name))
     robots = run.get("statistics", {})
     print(f"  statistics: {', '.join(name or 'one robot' for name in robots) or 'none, so a policy cannot run'}")
@@ -167,8 +165,17 @@ def inspect_checkpoint(path: Path, config: ModelConfig | None) -> int:
         if run.get(key):
             print(f"  {key}: {str(run[key])[:100]}")
     config = config or ModelConfig.create(run["config"]["model"])
-    problems = checkpoints.misfits(folder / "inference", nn.unbox(abstract_params(config)))
-    return report(problems, "fits the configuration")
+    problems = manager.misfits(step, "inference", nn.unbox(abstract_params(config)))
+    for item in items:
+        manager.check_files(step, item)
+        if values:
+            progress = Progress(sum(x.size for x in manager.arrays(step, item).values()), f"values of {item}")
+            for name, x in manager.read_all(step, item):
+                if not is_finite(x):
+                    problems.append(f"not finite: {item} {name} {list(x.shape)}")
+                progress.add(name, x.size)
+    read = "all values are finite and as they were saved" if values else "--values reads the arrays, too"
+    return report(problems, f"fits the configuration; {read}")
 
 
 # ------------------------------------------------------------------------------------------------------- command
@@ -189,7 +196,7 @@ def inspect_config(config: ModelConfig) -> None:
 def inspect_path(path: Path, config: ModelConfig | None, values: bool) -> int:
     """Prints what lies at a path; returns the number of problems. Raises WeightsError for what is not weights."""
     if path.is_dir() and any(part.name == "checkpoints" for part in (*path.iterdir(), path, path.parent)):
-        return inspect_checkpoint(path, config)
+        return inspect_checkpoint(path, config, values)
     parts = [part for part in LOCATIONS if _holds(path, part)]
     return sum(inspect_weights(open_weights(path, part), config, values) for part in parts or [""])
 

@@ -5,8 +5,8 @@
 
 import argparse
 import sys
-from pathlib import Path
 
+from data_pipelines.paths import local_path
 from data_pipelines.recording.record import record
 from data_pipelines.simulation.env import FPS, INSTRUCTIONS
 from data_pipelines.simulation.rendering import check_rendering
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--task", choices=sorted(INSTRUCTIONS), required=True)
     parser.add_argument("--episodes", type=int, default=200, help="demonstrations to keep")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the dataset; must not exist yet")
+    parser.add_argument("--out", type=local_path, required=True, help="folder of the dataset; must not exist yet")
     parser.add_argument("--processes", type=int, default=2, help="episodes recorded at a time")
     parser.add_argument(
         "--noise", type=float, default=0.01, help="disturbance of the joints while recording, rad (standard deviation)"

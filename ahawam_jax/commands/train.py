@@ -17,7 +17,7 @@ def _train(argv: list[str]) -> None:
 
     try:
         train(CONFIG.value, WORKDIR.value)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except Interrupted as stop:
         sys.exit(str(stop))

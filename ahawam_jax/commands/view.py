@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data_pipelines.episodes import DatasetError
 from data_pipelines.inspection.viewer import write_view
+from data_pipelines.paths import local_path
 from data_pipelines.readers.opening import open_episodes
 
 
@@ -15,9 +16,9 @@ def main(argv: list[str] | None = None) -> int:
         description="Write one episode as an mp4: all cameras side by side, below them states and actions, and a png "
         "of its middle frame.",
     )
-    parser.add_argument("path", type=Path, help="folder of a LeRobot or RoboTwin dataset")
+    parser.add_argument("path", type=local_path, help="folder of a LeRobot or RoboTwin dataset")
     parser.add_argument("--episode", type=int, required=True, help="number of the episode, from 0")
-    parser.add_argument("--out", type=Path, help="the mp4 file; by default <dataset>_episode_<N>.mp4 here")
+    parser.add_argument("--out", type=local_path, help="the mp4 file; by default <dataset>_episode_<N>.mp4 here")
     chosen = parser.parse_args(argv)
     out = chosen.out or Path(f"{chosen.path.resolve().name}_episode_{chosen.episode}.mp4")
     if out.suffix != ".mp4":

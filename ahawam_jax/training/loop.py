@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
-from ahawam_jax.checkpoints import Checkpoints, find_step
+from ahawam_jax.checkpoint_files import Damage, read_json
+from ahawam_jax.checkpoints import CheckpointError, Checkpoints, find_step
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.towers.building import build_text_tower, build_video_tower
@@ -25,7 +29,10 @@ from ahawam_jax.training.objective import ObjectiveConfig
 from ahawam_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from ahawam_jax.training.step import TrainState, create_state, make_train_step
 from ahawam_jax.training.validation import make_open_loop_error
+from data_pipelines.disk import writing
 from data_pipelines.loader import evaluation_batches, make_loader
+from data_pipelines.ownership import Owner, owned
+from data_pipelines.paths import local_path, refuse_addresses
 from data_pipelines.progress import StatusLine, clock, finish_line, say
 from data_pipelines.statistics import to_lists
 
@@ -53,7 +60,10 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
         temporary.write_text(json.dumps(now, indent=1))
         temporary.replace(path)
         return
-    before, after = _fields(json.loads(path.read_text())), _fields(now)
+    try:
+        before, after = _fields(read_json(path)), _fields(now)
+    except Damage as damage:
+        raise CheckpointError(f"{damage}; remove it, and the same command writes it again.") from None
     changed = [
         f"{name}: {before.get(name, 'absent')} there, {after.get(name, 'absent')} now"
         for name in sorted(before.keys() | after.keys())
@@ -73,9 +83,13 @@ def _fields(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class Log:
-    """metrics.jsonl with one line per step, and TensorBoard scalars, both written by the first process alone."""
+    """metrics.jsonl with one line per step, and TensorBoard scalars, both written by the first process alone.
 
-    def __init__(self, workdir: Path, start: int):
+    Raises DiskError where they cannot be written; `checkpoints` say what is safe then.
+    """
+
+    def __init__(self, workdir: Path, start: int, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._writes = jax.process_index() == 0
         if not self._writes:
@@ -84,10 +98,17 @@ class Log:
         kept = []
         if self.path.exists():  # a resumed run writes the steps after its checkpoint again
             kept = [line for line in self.path.read_text().splitlines(True) if _step(line, start)]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self.path)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        with writing(self.path, checkpoints.safe):
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            temporary.replace(self.path)
+        self._boards = workdir / "tensorboard"
+        with writing(self._boards, checkpoints.safe):
+            self._boards.mkdir(exist_ok=True)
+            # Not SummaryWriter: its thread dies of a full disk, and then everybody waits for it.
+            self._board = EventsWriter(str(self._boards / "events"))
+            # What an interrupted run wrote from here on is not shown.
+            self._board.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Remembers a step's metrics without waiting for them."""
@@ -99,7 +120,7 @@ class Log:
         self._pending = []
         bad = next((n for n, (_, row) in enumerate(rows) if not np.isfinite(row["loss"])), len(rows))
         if self._writes:
-            with self.path.open("a") as file:
+            with writing(self.path, self._checkpoints.safe), self.path.open("a") as file:
                 file.writelines(json.dumps({"step": step, **row}) + "\n" for step, row in rows[:bad])
         if bad < len(rows):
             raise FloatingPointError(
@@ -115,24 +136,32 @@ class Log:
         """TensorBoard scalars of one step."""
         if not self._writes:
             return
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+        with writing(self._boards, self._checkpoints.safe):
+            for name, value in values.items():
+                self._board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            self._board.flush()
 
 
 def _step(line: str, start: int) -> bool:
     try:
         return json.loads(line)["step"] <= start
-    except ValueError:  # the last line of a killed run may be cut off
+    except (ValueError, TypeError, KeyError):  # the last line of a killed run may be cut off
         return False
 
 
 def train(config: ConfigDict, workdir: str | Path) -> float:
     """Trains config into workdir, resuming if it holds a checkpoint. Returns the last open-loop error.
 
-    Raises ValueError (in sentences) for input that does not fit, Interrupted after SIGINT or SIGTERM.
+    Raises, in sentences, ValueError for input that does not fit and for a workdir that another process trains in,
+    OSError where it cannot be written; Interrupted after SIGINT or SIGTERM.
     """
-    workdir = Path(workdir)
+    workdir = local_path(workdir)
+    refuse_addresses(config.to_dict(), "config.")
+    with nullcontext() if jax.process_index() else owned(workdir) as owner:
+        return _train(config, workdir, owner)
+
+
+def _train(config: ConfigDict, workdir: Path, owner: Owner | None) -> float:
     model = AhaWam(ModelConfig.create(config.model))
     objective, optimizer = ObjectiveConfig(**config.objective), OptimizerConfig(**config.optimizer)
     mesh = sharding.make_mesh(config.mesh)
@@ -166,11 +195,13 @@ def train(config: ConfigDict, workdir: str | Path) -> float:
         config.data.workers,
     )  # fmt: skip
     schedule = learning_rate(optimizer, config.train.steps)
-    log, stop, error = Log(workdir, start), _StopFlag(), float("nan")
+    log, stop, error = Log(workdir, start, checkpoints), _StopFlag(), float("nan")
     _banner(config, model, data, mesh, start)
 
     def save() -> None:
         log.flush()
+        if owner is not None:
+            owner.check()
         position = {"batches": int(state.step), "seed": config.seed}
         checkpoints.save(state, run | {"data_position": position})
 
@@ -181,6 +212,7 @@ def train(config: ConfigDict, workdir: str | Path) -> float:
         for step in range(start + 1, config.train.steps + 1):
             with timer.waiting():
                 batch = data.put(next(loader), mesh)
+            checkpoints.check()
             state, metrics = step_fn(state, batch, tower, key)
             log.add(step, metrics)
             if step % config.train.log_every == 0 or step == config.train.steps:

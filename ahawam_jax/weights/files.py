@@ -10,6 +10,7 @@ from typing import Any
 from ahawam_jax.weights.safetensors_file import read_safetensors
 from ahawam_jax.weights.tensors import Tensor, WeightsError
 from ahawam_jax.weights.torch_file import read_torch
+from data_pipelines.paths import local_path
 
 # Where a component lies inside a downloaded model: the diffusers layout first, then Wan's own and DiffSynth's.
 LOCATIONS = {
@@ -38,7 +39,7 @@ def open_weights(path: str | Path, component: str = "") -> Weights:
     component ("planner", "vae", "text encoder") says which part of a whole model's folder is meant. Names inside
     nested dicts of a .pt file are joined with '/'. Raises WeightsError for what is missing, cut off or not weights.
     """
-    path = locate(Path(path), component)
+    path = locate(local_path(path), component)
     if path.is_dir() or path.name.endswith(".index.json") or SHARD.fullmatch(path.name):
         files = _shards(path)
     else:

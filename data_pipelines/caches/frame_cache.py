@@ -18,6 +18,7 @@ import numpy as np
 
 from data_pipelines.canvas import Canvas
 from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress
 
 CACHE_VERSION = 1  # raise it whenever the pixels of a canvas change for the same dataset
@@ -74,7 +75,7 @@ def open_frames(dataset: Episodes, canvas: Canvas, cache_dir: str | Path, proces
     dataset.require_cameras(canvas.cameras)
     shape = (int(dataset.lengths.sum()), *canvas.size, 3)
     key = pictures_key(dataset, canvas)
-    folder = Path(cache_dir) / f"frames-{key[:16]}"
+    folder = local_path(cache_dir) / f"frames-{key[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

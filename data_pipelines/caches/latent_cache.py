@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.episodes import DatasetError
+from data_pipelines.paths import local_path
 
 DTYPE = np.dtype(np.float16)  # latents are close to unit variance: finer there than bfloat16
 ROWS_PER_FILE = 1024
@@ -43,7 +44,7 @@ class LatentFolder:
     def inside(cls, root: str | Path, kind: str, key: Mapping[str, str], rows: int, shape: tuple[int, ...]):
         """The folder of this content in `root`, named by it."""
         digest = hashlib.sha256(json.dumps([dict(key), rows, shape], sort_keys=True).encode()).hexdigest()
-        return cls(Path(root) / f"{kind}-{digest[:16]}", key, rows, tuple(shape))
+        return cls(local_path(root) / f"{kind}-{digest[:16]}", key, rows, tuple(shape))
 
     @property
     def row_bytes(self) -> int:

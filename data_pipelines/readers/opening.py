@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.paths import local_path
 from data_pipelines.readers.lerobot import INFO, open_lerobot
 from data_pipelines.readers.robotwin import episode_files, open_robotwin
 from data_pipelines.tfds.episodes import open_converted
@@ -16,7 +17,7 @@ def open_episodes(path: str | Path) -> Episodes:
     episode*.hdf5, or with a folder data/ of them. What `ahawam convert` wrote: a folder with
     conversion.json. Raises DatasetError for anything else.
     """
-    root = Path(path)
+    root = local_path(path)
     if (root / INFO).is_file():
         return open_lerobot(root)
     if episode_files(root):

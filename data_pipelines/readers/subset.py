@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.paths import local_path
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.readers.resampled import Resampled, same_rate
 from data_pipelines.readers.robocoin import CAMERAS, LAYOUTS, Mapped, UnmappableError, open_robocoin
@@ -59,7 +60,7 @@ def load_subset(path: str | Path) -> list[Entry]:
     Raises DatasetError, naming the file and the dataset, for whatever is missing, misspelled or of the wrong kind.
     Opens no dataset.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_file():
         raise DatasetError(
             f"{path} does not exist; see data_pipelines/readers/robocoin_example.toml for a subset file."
@@ -141,7 +142,7 @@ def _entry(table: dict[str, Any], where: str, folder: Path, rate: float | None) 
         )
     for key, value in table.items():
         _check(value, _RULES[key], f"{where}: {key}")
-    return Entry(**table | {"path": folder / table["path"]}, rate=rate)
+    return Entry(**table | {"path": folder / local_path(table["path"])}, rate=rate)
 
 
 def _check(value: Any, rule: "Rule", what: str) -> None:

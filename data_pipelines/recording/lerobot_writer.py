@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipelines.paths import local_path
+
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
@@ -93,7 +95,7 @@ class LeRobotWriter:
     _videos: dict[str, "VideoFile"] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.root = Path(self.root)
+        self.root = local_path(self.root)
         if self.root.exists():
             raise FileExistsError(f"{self.root} exists already: expected a new folder; remove it or name another.")
         self._partial = self.root.with_name(self.root.name + ".partial")

@@ -35,6 +35,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.paths import local_path
 from data_pipelines.readers.robocoin import subtasks
 from data_pipelines.tfds import layout
 from data_pipelines.tfds.builder import Source, builder, example
@@ -68,7 +69,7 @@ def plan(source: Source, out: Path, image_format: str = "jpeg", episodes_per_sha
     """
     dataset = source.open()
     shards = -(-len(dataset.lengths) // episodes_per_shard)
-    conversion = Conversion(source, Path(out), image_format, shards)
+    conversion = Conversion(source, local_path(out), image_format, shards)
     path, wanted = conversion.root / layout.CONVERSION, _describe(dataset, image_format, shards)
     if path.is_file():
         try:

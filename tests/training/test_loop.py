@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from ahawam_jax.checkpoints import CheckpointError, Checkpoints
 from ahawam_jax.inference.policy import Policy
-from ahawam_jax.training.loop import train
+from ahawam_jax.training.loop import Log, train
+from data_pipelines.disk import DiskError
+from data_pipelines.ownership import OwnedError, owned
 from data_pipelines.readers.robocoin import LAYOUTS
 from data_pipelines.readers.subset import load_subset, open_subset
 from data_pipelines.statistics import compute_by_robot
@@ -234,3 +238,40 @@ def test_not_a_number_stops_with_a_sentence(config: ConfigDict, tmp_path: Path) 
     config.objective.action_weight = float("inf")
     with pytest.raises(FloatingPointError, match="at step 1; the last checkpoint is intact"):
         train(config, tmp_path)
+
+
+def test_one_process_trains_in_a_workdir(uninterrupted: Path, config: ConfigDict) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    with owned(uninterrupted), pytest.raises(OwnedError, match=rf"is being written by process {os.getpid()} on"):
+        train(config, uninterrupted)
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_damaged_newest_checkpoint_is_not_passed_over(
+    uninterrupted: Path, config: ConfigDict, tmp_path: Path
+) -> None:
+    workdir = shutil.copytree(uninterrupted, tmp_path / "run")
+    config.train.update(steps=STEPS, checkpoint_every=10)
+    state = workdir / "checkpoints" / str(STEPS) / "state"
+    max(state.rglob("d/*"), key=lambda path: path.stat().st_size).unlink()
+    with pytest.raises(CheckpointError, match=rf"Step {STEPS} in .*is missing.*To resume training from it, remove "):
+        train(config, workdir)
+    (workdir / "config.json").write_text("")
+    with pytest.raises(CheckpointError, match="config.json is empty; remove it"):
+        train(config, workdir)
+
+
+def test_logs_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Log(tmp_path, 0, Checkpoints(tmp_path))
+    log.add(1, {"loss": np.float32(1)})
+    log.flush()
+    (event,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss" in event.read_bytes() and curve(tmp_path) == [{"step": 1, "loss": 1.0}]
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log.add(2, {"loss": np.float32(1)})
+    with pytest.raises(DiskError, match="metrics.jsonl cannot be written: its disk is full.* No step was"):
+        log.flush()
+    with open("/dev/full", "wb", 0) as full, pytest.raises(DiskError, match="tensorboard cannot be written"):
+        monkeypatch.setattr(log._board, "write_event", lambda event: full.write(event.SerializeToString()))
+        log.scalars(2, {"loss": 1.0})

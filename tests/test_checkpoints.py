@@ -1,0 +1,256 @@
+"""Checkpoints: whatever is damaged or cannot be written is said, with its file, its step and the way out."""
+
+import importlib
+import json
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ahawam_jax import checkpoints as module
+from ahawam_jax.checkpoints import CheckpointError, Checkpoints, save_params
+from ahawam_jax.commands.inspect import inspect_path
+from ahawam_jax.models.config import ModelConfig
+from data_pipelines.disk import DiskError
+from tests.tiny_config import get_config
+from tests.tiny_model import random_params
+
+
+@flax.struct.dataclass
+class State:
+    """What a train state has that checkpoints need; large enough that its arrays lie in files of their own."""
+
+    step: jax.Array
+    params: dict
+    moments: tuple
+
+    @property
+    def deploy(self) -> dict:
+        return self.params
+
+
+def state(step: int) -> State:
+    kernel = np.random.default_rng(step).standard_normal((64, 64)).astype(np.float32)
+    return State(
+        jnp.asarray(step), {"dense": {"kernel": jnp.asarray(kernel), "bias": jnp.arange(4.0)}}, (jnp.asarray(-kernel),)
+    )
+
+
+def like(dtype: str = "float32") -> State:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.dtype == np.float32 else x.dtype, sharding=place), state(0)
+    )
+
+
+def save(workdir: Path, *steps: int) -> None:
+    checkpoints = Checkpoints(workdir, keep=9)
+    for step in steps:
+        checkpoints.save(state(step), {"config": {}, "statistics": {"a": [0.1, 1e-9]}})
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workdir with the steps 1 and 2."""
+    workdir = tmp_path_factory.mktemp("saved")
+    save(workdir, 1, 2)
+    return workdir
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def test_what_was_saved_comes_back(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in several groups, and in another dtype."""
+    checkpoints, wanted = Checkpoints(saved), state(2)
+    assert checkpoints.steps == [1, 2] and checkpoints.latest == 2
+    for group in (module.GROUP, 1):
+        monkeypatch.setattr(module, "GROUP", group)
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_state(2, like()), wanted)
+        half_as_wide = jax.tree.map(lambda x: x.astype("bfloat16"), wanted.params)
+        params = checkpoints.restore_params(2, like("bfloat16").params)
+        jax.tree.map(np.testing.assert_array_equal, params, half_as_wide)
+        everything = dict(checkpoints.read_all(2, "state"))
+        np.testing.assert_array_equal(everything["moments/0"], wanted.moments[0])
+        assert set(everything) == {"step", "params/dense/kernel", "params/dense/bias", "moments/0"}
+    np.testing.assert_array_equal(checkpoints.read_param(2, "dense/kernel"), wanted.params["dense"]["kernel"])
+    assert checkpoints.restore_run(2)["statistics"] == {"a": [0.1, 1e-9]}
+
+
+def test_reading_leaves_no_traces(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "none")
+    assert checkpoints.latest is None
+    with pytest.raises(CheckpointError, match="has no step 3; it has none"):
+        checkpoints.restore_run(3)
+    checkpoints.close()
+    assert not list(tmp_path.iterdir())
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGES = {"half": half, "empty": lambda path: path.write_bytes(b""), "missing": Path.unlink, "flipped": flip}
+
+
+def files(item: Path) -> list[Path]:
+    """All files of an item whose content matters."""
+    spare = {"commit_success.txt", "_sharding", "process_0"}
+    inner = item / "ocdbt.process_0" / "manifest.ocdbt"  # that of the writing process, merged into the other
+    return [path for path in item.rglob("*") if path.is_file() and path.name not in spare and path != inner]
+
+
+def read_everything(workdir: Path, item: str) -> None:
+    checkpoints = Checkpoints(workdir)
+    if item == "state":
+        checkpoints.restore_state(2, like())
+    else:
+        checkpoints.restore_params(2, like().params)
+
+
+@pytest.mark.parametrize("item", ["state", "inference", "run"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_names_file_step_and_way_out(copy: Path, item: str, damage: str) -> None:
+    """Of every single file of an item: never a misfit of the configuration, never something else to read instead."""
+    folder = copy / "checkpoints" / "2" / item
+    found = set()
+    for path in files(folder):
+        content = path.read_bytes()
+        DAMAGES[damage](path)
+        try:
+            read_everything(copy, "state" if item == "state" else "inference")
+            continue  # an older version of a node, say, that nothing refers to
+        except CheckpointError as error:
+            message = str(error)
+        finally:
+            path.write_bytes(content)
+        found.add(path)
+        name = str(path) if damage != "flipped" else str(folder)
+        assert message.startswith(f"Step 2 in {copy / 'checkpoints'} is damaged: {name}"), message
+        way = f"The step before is {copy / 'checkpoints' / '1'}: name it instead. To resume training from it, remove"
+        assert way in message and "\n" not in message and "does not fit" not in message
+    named = {path.name for path in found}
+    assert named == {"metadata"} if item == "run" else {"manifest.ocdbt"} < named
+    if item != "run" and damage != "flipped":
+        assert {"_METADATA", "manifest.ocdbt"} < named and len(found) >= 4  # and a node, and a file of values
+    read_everything(copy, "state")  # all is put back
+
+
+def test_a_whole_item_is_missing(copy: Path) -> None:
+    shutil.rmtree(copy / "checkpoints" / "2" / "state")
+    with pytest.raises(CheckpointError, match=r"Step 2 in .* is damaged: .*/2/state is missing\. The step before"):
+        read_everything(copy, "state")
+
+
+def test_the_way_out_is_a_whole_step(copy: Path) -> None:
+    save(copy, 3)
+    checkpoints = Checkpoints(copy)
+    (copy / "checkpoints" / "2" / "inference" / "manifest.ocdbt").unlink()
+    assert f"The step before is {copy / 'checkpoints' / '1'}: name it instead" in str(checkpoints.damaged(3, "it"))
+    assert "No whole step before it is left" in str(checkpoints.damaged(1, "it"))
+
+
+def test_a_misfit_is_no_damage(saved: Path, tmp_path: Path) -> None:
+    other = like().replace(moments=(jax.ShapeDtypeStruct((3,), "float32"),))
+    with pytest.raises(CheckpointError, match=r"does not fit this config(.|\n)*misshapen: moments/0 is \[64, 64\]"):
+        Checkpoints(saved).restore_state(2, other)
+    save_params(tmp_path, state(1).params, {"config": {}})
+    with pytest.raises(CheckpointError, match="has no state, only inference. An import .*--config.init="):
+        Checkpoints(tmp_path).restore_state(0, like())
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """Files end at 4 KB, for the operating system's part of this process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("notice", ["check", "wait", "save", "close"])
+def test_a_failed_save_names_the_last_good_step(copy: Path, small_disk: None, notice: str) -> None:
+    checkpoints = Checkpoints(copy)
+    with pytest.raises(DiskError, match=r"/3 cannot be written: .*Step 2 is the last good one, and the same command"):
+        checkpoints.save(state(3), {"config": {}})
+        while notice == "check":
+            checkpoints.check()
+        checkpoints.save(state(4), {"config": {}}) if notice == "save" else getattr(checkpoints, notice)()
+    assert checkpoints.steps == [1, 2]
+    checkpoints.close()  # said once
+
+
+def test_after_a_failed_save(copy: Path) -> None:
+    (copy / "checkpoints" / "3.orbax-checkpoint-tmp" / "state").mkdir(parents=True)  # what it leaves
+    save(copy, 3)
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["1", "2", "3"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model's checkpoint with a NaN in it."""
+    config, workdir = get_config(), tmp_path_factory.mktemp("model")
+    params = jax.tree.map(jnp.asarray, random_params(ModelConfig.create(config.model)))
+    params["branch_embedding"] = params["branch_embedding"].at[0, 0].set(jnp.nan)
+    unit = {"mean": [0.0] * 5, "std": [1.0] * 5}
+    statistics = {"": {"state": unit, "action": {name: x[:3] for name, x in unit.items()}}}
+    run = {"config": json.loads(config.to_json()), "statistics": statistics, "instructions": []}
+    save_params(workdir, params, run)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def damaged_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with half a file of values."""
+    workdir = shutil.copytree(model, tmp_path_factory.mktemp("damaged") / "model")
+    item = workdir / "checkpoints" / "0" / "inference"
+    half(max(item.rglob("d/*"), key=lambda path: path.stat().st_size))
+    return workdir
+
+
+@pytest.mark.parametrize(
+    "command, options",
+    [
+        ("ahawam_jax.commands.evaluate", "RUN --out OUT"),
+        ("ahawam_jax.commands.export_weights", "RUN OUT.pt"),
+        ("ahawam_jax.commands.compile_policy", "RUN --out OUT"),
+        ("ahawam_jax.commands.imagine", "RUN --image X.png --instruction go --out OUT.mp4"),
+        ("export.to_torch", "RUN --out OUT"),
+    ],
+)
+def test_every_command_says_so(
+    damaged_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, command: str, options: str
+) -> None:
+    argv = options.replace("RUN", str(damaged_model)).replace("OUT", str(tmp_path / "out")).split()
+    try:
+        status = importlib.import_module(command).main(argv)
+        said = capsys.readouterr().err
+    except SystemExit as end:
+        status, said = 1, str(end.code)
+    assert status == 1 and said.startswith("error: Step 0 in ") and said.strip().count("\n") == 0
+    assert "is cut off" in said and "No whole step before it is left" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_reads_what_it_vouches_for(model: Path, damaged_model: Path, capsys: pytest.CaptureFixture) -> None:
+    for values in (False, True):
+        with pytest.raises(CheckpointError, match="is cut off"):
+            inspect_path(damaged_model, None, values)
+    assert inspect_path(model, None, False) == 0 and "--values reads the arrays" in capsys.readouterr().out
+    assert inspect_path(model, None, True) == 1
+    assert "not finite: inference branch_embedding [2, 16]" in capsys.readouterr().out
