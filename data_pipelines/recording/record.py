@@ -18,7 +18,7 @@ from data_pipelines.disk import whole_file, writing
 from data_pipelines.processes import worker_pool
 from data_pipelines.progress import Progress, say
 from data_pipelines.recording.lerobot_writer import EncodedVideo, LeRobotWriter, encode_video
-from data_pipelines.simulation.env import FPS, IMAGE_SIZES, INSTRUCTIONS, STATE_NAMES, AlohaSim
+from data_pipelines.simulation.env import FPS, IMAGE_SIZES, INSTRUCTIONS, STATE_NAMES, AlohaSim, scene_file
 from data_pipelines.simulation.expert import plan
 
 _RECALL = 0.85  # how much of a disturbance is left one step later: it lasts about a quarter of a second
@@ -74,8 +74,10 @@ def record(task: str, episodes: int, out: Path, processes: int, noise: float, se
 
     Seeds are tried in order from `seed0` and failures left out, so what is written does not depend on `processes`.
     Each attempt is kept in a file beside `out` until the dataset is whole: stopped in whatever way, the same call goes
-    on from there. Raises DiskError, WorkerError, and RuntimeError where the expert never succeeds.
+    on from there. Raises DiskError, WorkerError, and RuntimeError where the expert never succeeds or the simulation's
+    scene files are missing.
     """
+    scene_file(task)
     cameras = {_key(camera): size for camera, size in IMAGE_SIZES.items()}
     kind = hashlib.sha256(json.dumps([task, noise]).encode()).hexdigest()[:8]
     attempts = out.with_name(f".{out.name}.attempts-{kind}")

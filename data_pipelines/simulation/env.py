@@ -51,19 +51,23 @@ _RIGHT_FINGER = "vx300s_right/10_right_gripper_finger"
 _SOCKET = ("socket-1", "socket-2", "socket-3", "socket-4")
 
 
-@functools.cache
-def load_model(task: str) -> mujoco.MjModel:
-    """The compiled scene of `task`, shared by every environment of a process (compiling takes a second)."""
+def scene_file(task: str) -> Path:
+    """The MuJoCo scene of `task` in gym-aloha's files. Raises ValueError, and RuntimeError where they are missing."""
     if task not in _OBJECT_RANGES:
         raise ValueError(f"Unknown task {task!r}: expected one of {', '.join(_OBJECT_RANGES)}.")
     spec = importlib.util.find_spec("gym_aloha")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "The simulation needs the scene files of gym-aloha, which is not installed: "
-            "expected gym-aloha 0.1.5; run `pip install -e .[sim]`."
+        raise RuntimeError(
+            "The simulation uses the scene files of gym-aloha 0.1.5, which is not installed: run "
+            "`pip install --no-deps gym-aloha==0.1.5`. What it depends on is not needed."
         )
-    assets = Path(spec.submodule_search_locations[0]) / "assets"
-    model = mujoco.MjModel.from_xml_path(str(assets / f"bimanual_viperx_{task}.xml"))
+    return Path(spec.submodule_search_locations[0]) / "assets" / f"bimanual_viperx_{task}.xml"
+
+
+@functools.cache
+def load_model(task: str) -> mujoco.MjModel:
+    """The compiled scene of `task`, shared by every environment of a process (compiling takes a second)."""
+    model = mujoco.MjModel.from_xml_path(str(scene_file(task)))
     for camera, degrees in _FOVY.items():
         model.cam_fovy[model.camera(camera).id] = degrees
     model.vis.quality.shadowsize = 0

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from data_pipelines.processes import WorkerError, ending, out_of_reach_of_ctrl_c
-from data_pipelines.simulation.env import AlohaSim
+from data_pipelines.simulation.env import AlohaSim, scene_file
 from data_pipelines.simulation.rendering import check_rendering
 
 FILM_SIZE = (240, 480)  # height, width in pixels of the frames of rollout videos
@@ -47,6 +47,7 @@ class ParallelSims:
     ) -> None:
         if not len(seeds) or processes < 1:
             raise ValueError(f"Got {len(seeds)} seeds and {processes} processes: expected at least one of each.")
+        scene_file(task)  # what the workers would miss is said here
         if problem := check_rendering():  # also chooses MUJOCO_GL, which the workers inherit
             raise RuntimeError(problem)
         self.films: dict[int, list[np.ndarray]] = {int(number): [] for number in film}

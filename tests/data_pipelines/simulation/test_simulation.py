@@ -1,13 +1,16 @@
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_pipelines.processes import WorkerError
+from data_pipelines.recording.record import record
 from data_pipelines.simulation import rendering
 from data_pipelines.simulation.env import EPISODE_STEPS, IMAGE_SIZES, AlohaSim
 from data_pipelines.simulation.expert import plan
@@ -126,6 +129,16 @@ def test_success_lasts_and_held_does_not() -> None:
     assert sim.success and not sim.held
     sim.reset(0)
     assert not sim.success
+
+
+def test_missing_scene_files_are_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    said = "gym-aloha 0.1.5, which is not installed: run `pip install --no-deps gym-aloha==0.1.5`"
+    with pytest.raises(RuntimeError, match=said):
+        ParallelSims("insertion", [0], processes=1)  # not a worker's traceback
+    with pytest.raises(RuntimeError, match=said):
+        record("insertion", episodes=1, out=tmp_path / "dataset", processes=1, noise=0, seed0=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_mistakes_are_named() -> None:
