@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> None:
         conversions = _plan(_sources(arguments), arguments)
         new = [len(conversion.missing()) for conversion in conversions]
         convert(conversions, [f"--runner={arguments.runner}", *arguments.beam])
-    except DatasetError as problem:
-        sys.exit(str(problem))
+    except (ValueError, OSError) as problem:
+        sys.exit(f"error: {problem}")
     for conversion, written in zip(conversions, new, strict=True):
         print(f"{conversion.root}: {conversion.shards} shards, {written} of them new", file=sys.stderr)
     print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)

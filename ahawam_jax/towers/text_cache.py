@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import html
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import tokenizers
 from ahawam_jax.towers.text_encoder import TextEncoderConfig
 from ahawam_jax.weights.convert import digest
 from ahawam_jax.weights.torch_file import read_torch, write_torch
+from data_pipelines.ownership import owned
 
 PROMPT = "A video recorded from a robot's point of view executing the following instruction: {task}"
 END, PAD = "</s>", "<pad>"
@@ -146,8 +146,13 @@ def claim(folder: str | Path, mark: Mapping[str, str]) -> None:
 
     Raises ValueError if its entries come from another encoder, or from nobody knows which.
     """
-    folder = Path(folder)
-    path = folder / "encoder.json"
+    path = Path(folder) / "encoder.json"
+    with owned(folder, path.name, wait=True):  # several jobs may start at once
+        _claim(path, mark)
+
+
+def _claim(path: Path, mark: Mapping[str, str]) -> None:
+    folder = path.parent
     if path.is_file():
         try:
             before = dict(json.loads(path.read_text()))
@@ -165,8 +170,7 @@ def claim(folder: str | Path, mark: Mapping[str, str]) -> None:
             f"{folder} has entries but no encoder.json, so nobody knows which encoder wrote them; such a cache can be "
             "read, not extended: write to another folder."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".partial-{os.getpid()}")  # several jobs may start at once
+    temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(dict(mark), indent=1))
     temporary.replace(path)
 

@@ -9,7 +9,6 @@ or not at all, so that any number of jobs may fill it, be killed and start again
 is compared whenever the row is read.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.episodes import DatasetError
+from data_pipelines.ownership import OwnedError, owned
 from data_pipelines.paths import local_path
 
 DTYPE = np.dtype(np.float16)  # latents are close to unit variance: finer there than bfloat16
@@ -66,7 +66,8 @@ class LatentFolder:
     def write(self, part: range, blocks: Iterable[np.ndarray]) -> None:
         """Writes the rows of a file, given in order as arrays [n, *shape].
 
-        Raises DatasetError for latents that are not finite in float16, and where the file cannot be written.
+        Raises DatasetError for latents that are not finite in float16, and where the file cannot be written;
+        OwnedError where another job writes it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._write_about()
@@ -74,9 +75,7 @@ class LatentFolder:
         partial = path.with_suffix(".partial")
         sums = []
         try:
-            with partial.open("ab") as file:  # not "wb": another job may be writing it
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                file.truncate(0)
+            with owned(self.path, path.name), partial.open("wb") as file:
                 for block in blocks:
                     with np.errstate(over="ignore"):
                         values = np.ascontiguousarray(block, DTYPE)
@@ -93,8 +92,8 @@ class LatentFolder:
                 if len(sums) != len(part):
                     raise ValueError(f"{path} was given {len(sums)} rows, expected {len(part)}.")
                 partial.replace(path)
-        except BlockingIOError as error:
-            raise DatasetError(f"{partial} is being written by another job; give each job its own --shard.") from error
+        except OwnedError as error:
+            raise OwnedError(f"{error} Or give each job its own --shard.") from None
         except OSError as error:
             raise DatasetError(
                 f"{path} cannot be written ({error}); make room or choose another folder, and start again: what is "

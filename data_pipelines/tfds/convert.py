@@ -11,7 +11,7 @@ refused. TFDS reads the folder once dataset_info.json is there, which comes last
 Single pictures take more room than video: about five times as much for h264 of two frames per key frame.
 
 Workers on several machines need this package and a folder mounted on all of them under the same path, for the
-datasets and for the result. Run one conversion into a folder at a time.
+datasets and for the result. Only one conversion at a time writes to a folder; others are refused.
 """
 
 import json
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +36,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.ownership import owned
 from data_pipelines.paths import local_path
 from data_pipelines.readers.robocoin import subtasks
 from data_pipelines.tfds import layout
@@ -63,14 +65,21 @@ class Conversion:
 
 
 def plan(source: Source, out: Path, image_format: str = "jpeg", episodes_per_shard: int = 50) -> Conversion:
-    """Begins a conversion, or takes up one that was stopped, and removes what it left half-written.
+    """Begins a conversion, or takes up one that was stopped.
 
-    Raises DatasetError where the folder holds the conversion of another dataset or with other settings.
+    Raises DatasetError where the folder holds the conversion of another dataset or with other settings, OwnedError
+    where another process is converting into it.
     """
     dataset = source.open()
     shards = -(-len(dataset.lengths) // episodes_per_shard)
     conversion = Conversion(source, local_path(out), image_format, shards)
-    path, wanted = conversion.root / layout.CONVERSION, _describe(dataset, image_format, shards)
+    with owned(conversion.root):
+        _take_up(conversion.root / layout.CONVERSION, _describe(dataset, image_format, shards))
+    return conversion
+
+
+def _take_up(path: Path, wanted: dict) -> None:
+    """Writes conversion.json, or compares what is there."""
     if path.is_file():
         try:
             found = dict(json.loads(path.read_text()))
@@ -83,26 +92,28 @@ def plan(source: Source, out: Path, image_format: str = "jpeg", episodes_per_sha
                 "settings, or choose another folder or name."
             )
     else:
-        conversion.root.mkdir(parents=True, exist_ok=True)
         _write_whole(path, lambda file: file.write_text(json.dumps(wanted)))
-    for left in conversion.root.glob(".*.partial"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return conversion
 
 
 def convert(conversions: Sequence[Conversion], beam_options: Sequence[str] = ("--runner=FnApiRunner",)) -> None:
     """Writes all missing shards in one Beam pipeline, then what TFDS needs to read them.
 
     beam_options: as on Beam's command line; FnApiRunner runs in this process. Errors of workers come out of here.
+    Raises OwnedError where another process is converting into one of the folders.
     """
     _opened.cache_clear()  # datasets may have changed since the last conversion in this process
-    tasks = [(conversion, shard) for conversion in conversions for shard in conversion.missing()]
-    if tasks:
-        with beam.Pipeline(options=PipelineOptions(list(beam_options))) as pipeline:
-            # Without the reshuffle one worker would do all that follows Create.
-            _ = pipeline | beam.Create(tasks) | beam.Reshuffle() | "WriteShard" >> beam.MapTuple(write_shard)
-    for conversion in conversions:
-        _finish(conversion)
+    with ExitStack() as stack:
+        for conversion in conversions:
+            stack.enter_context(owned(conversion.root))
+            for left in conversion.root.glob(".*.partial"):  # of one that was stopped
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        tasks = [(conversion, shard) for conversion in conversions for shard in conversion.missing()]
+        if tasks:
+            with beam.Pipeline(options=PipelineOptions(list(beam_options))) as pipeline:
+                # Without the reshuffle one worker would do all that follows Create.
+                _ = pipeline | beam.Create(tasks) | beam.Reshuffle() | "WriteShard" >> beam.MapTuple(write_shard)
+        for conversion in conversions:
+            _finish(conversion)
 
 
 def write_shard(conversion: Conversion, shard: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 from data_pipelines.caches import latent_cache
 from data_pipelines.caches.latent_cache import LatentFolder, Latents
 from data_pipelines.episodes import DatasetError
+from data_pipelines.ownership import OwnedError
 
 ROWS, SHAPE = 23, (2, 3, 4)
 VALUES = np.random.default_rng(0).normal(size=(ROWS, *SHAPE)).astype(np.float16)
@@ -59,7 +60,7 @@ def test_any_order_gives_the_same_bytes(written: LatentFolder, tmp_path: Path) -
 def test_another_key_is_another_folder(written: LatentFolder, tmp_path: Path) -> None:
     assert folder(tmp_path, tower="b").path != written.path
     assert LatentFolder.inside(tmp_path, "frames", {"tower": "a"}, ROWS + 1, SHAPE).path != written.path
-    with pytest.raises(DatasetError, match="holds 0 of 3 files of latents, rows-0000000000.bin .*encode_video"):
+    with pytest.raises(DatasetError, match="holds 0 of 3 files of latents, rows-0000000000.bin .*encode-video"):
         Latents(folder(tmp_path, tower="b"))
 
 
@@ -87,7 +88,7 @@ def test_two_jobs_do_not_write_one_file(tmp_path: Path) -> None:
 
     def during() -> None:
         yield VALUES[:4]
-        with pytest.raises(DatasetError, match="being written by another job; give each job its own --shard"):
+        with pytest.raises(OwnedError, match="being written by process .* give each job its own --shard"):
             write(to, to.parts()[:1])
         yield VALUES[4:10]
 

@@ -1,5 +1,6 @@
 """Conversion to ArrayRecord: TFDS, grain and our reader return what was recorded; interruptions cost nothing."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ tfds = pytest.importorskip("tensorflow_datasets")
 
 from ahawam_jax.commands.convert import main  # noqa: E402
 from data_pipelines.episodes import DatasetError  # noqa: E402
+from data_pipelines.ownership import OwnedError, owned  # noqa: E402
 from data_pipelines.readers.opening import open_episodes  # noqa: E402
 from data_pipelines.readers.robocoin import LAYOUTS, open_robocoin, subtasks  # noqa: E402
 from data_pipelines.readers.subset import Entry  # noqa: E402
@@ -223,6 +225,18 @@ def test_only_missing_shards_are_written(whole: Path, entry: Entry, tmp_path: Pa
     assert conversion.missing() == [0]
     convert([conversion])
     assert kept.stat().st_mtime_ns == written and contents(root) == contents(whole)
+
+
+def test_one_conversion_at_a_time(whole: Path, entry: Entry, tmp_path: Path) -> None:
+    root = shutil.copytree(whole, layout.folder(tmp_path, "coin"))
+    conversion = plan(entry, tmp_path, "png", 2)
+    with owned(root):
+        for another in (lambda: plan(entry, tmp_path, "png", 2), lambda: convert([conversion])):
+            with pytest.raises(OwnedError, match=f"is being written by process {os.getpid()}"):
+                another()
+        assert len(open_converted(root).lengths) == 3  # readers do not ask
+    convert([conversion])
+    assert contents(root) == contents(whole)
 
 
 def test_files_get_their_names_when_whole(tmp_path: Path) -> None:
