@@ -47,7 +47,8 @@ from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress
 from data_pipelines.readers.lerobot import IMAGE_PREFIX, LeRobot
 from data_pipelines.readers.opening import open_episodes
-from data_pipelines.recording.lerobot_writer import EncodedVideo, LeRobotWriter
+from data_pipelines.recording.encoded_video import EncodedVideo
+from data_pipelines.recording.lerobot_writer import LeRobotWriter
 from data_pipelines.windows import WindowConfig
 
 EPISODES, ROWS, FPS, BATCH, ROUNDS = 4, 500, 25, 4, 3
@@ -76,7 +77,7 @@ def panning(rng: np.random.Generator) -> Iterator[np.ndarray]:
 
 
 def encode(images: Iterator[np.ndarray], gop: int) -> EncodedVideo:
-    """ROWS pictures as h264, settings as in `lerobot_writer` but for the distance of the key frames."""
+    """ROWS pictures as h264, settings as in `encode_video` but for the distance of the key frames."""
     options = {"g": str(gop), "bf": "0", "crf": "23", "preset": "veryfast", "threads": "1"}
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:

@@ -28,7 +28,7 @@ from ahawam_jax.towers.latents import make_canvas
 from data_pipelines.caches.frame_cache import DecodingFrames
 from data_pipelines.paths import local_path
 from data_pipelines.readers.opening import open_episodes
-from data_pipelines.recording.lerobot_writer import encode_video
+from data_pipelines.recording.encoded_video import encode_video
 
 CAPTION, PANEL = 16, 256  # pixels: height of the caption above a panel, least width of a panel
 TOWER_FILES = ("video_weights", "text_cache")  # fields of config.towers that may lie elsewhere on this machine

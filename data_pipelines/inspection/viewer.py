@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipelines.episodes import Episodes
 from data_pipelines.inspection.curves import Curves, panels_of
 from data_pipelines.progress import Progress
-from data_pipelines.recording.lerobot_writer import VideoFile, encode_video
+from data_pipelines.recording.encoded_video import VideoFile, encode_video
 
 WIDTH, MARGIN, CAPTION, LABEL = 1280, 16, 64, 24  # pixels of the page, its border, its head, a name above a picture
 VIEW_HEIGHT = 360  # at most

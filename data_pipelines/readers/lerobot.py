@@ -378,7 +378,9 @@ def _numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
 
 
 def _matrix(table: pa.Table, name: str, width: int, path: Path) -> np.ndarray:
-    """A column of fixed or variable lists as float32 [rows, width]."""
+    """A column of fixed or variable lists as float32 [rows, width]; of plain numbers where the width is 1."""
+    if width == 1 and not pa.types.is_nested(table.schema.field(name).type):
+        return _numbers(table, name, path).astype(np.float32)[:, None]
     values = table[name].combine_chunks()
     ragged = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
     if ragged or pa.types.is_fixed_size_list(values.type):

@@ -5,10 +5,11 @@
 - videos/{camera key}/chunk-000/file-000.mp4
 """
 
-import io
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -18,69 +19,50 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipelines.ownership import Owner
 from data_pipelines.paths import local_path
+from data_pipelines.recording.encoded_video import (
+    EncodedVideo,
+    VideoFile,
+    check_images,
+    check_video,
+    encode_video,
+    frame_rate,
+)
+from data_pipelines.recording.lerobot_tables import (
+    SCALARS,
+    VECTORS,
+    data_schema,
+    data_table,
+    image_stats,
+    task_table,
+    vector_stats,
+)
 
+CAMERA_PREFIX = "observation.images."
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
 _FILES_PER_CHUNK = 1000
-_QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
-# Every second frame is a key frame, so that reading one at random decodes two at most. No B frames: frames are
-# then stored in the order they are shown, and files join without gaps.
-_H264 = {"g": "2", "bf": "0", "crf": "18", "preset": "veryfast", "threads": "1"}
-_VECTORS = ("observation.state", "action")
-_SCALARS = {
-    "timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64", "task_index": "int64",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class EncodedVideo:
-    """One camera of one episode.
-
-    mp4: a whole h264 file. frames: how many. size: (height, width). histogram: int64 [3, 256], how often each
-    value occurs in each colour, from which the statistics follow exactly.
-    """
-
-    mp4: bytes
-    frames: int
-    size: tuple[int, int]
-    histogram: np.ndarray
-
-
-def encode_video(images: np.ndarray, fps: int | Fraction) -> EncodedVideo:
-    """Encode `images` uint8 [frames, height, width, 3] RGB; height and width must be even."""
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise ValueError(
-            f"The images have shape {images.shape} and dtype {images.dtype}: "
-            "expected uint8 [frames, height, width, 3]."
-        )
-    frames, height, width, _ = images.shape
-    if height % 2 or width % 2:
-        raise ValueError(f"The images are {height}x{width}: h264 needs an even height and width; resize them.")
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options=_H264)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        for image in images:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-    histogram = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)])
-    return EncodedVideo(buffer.getvalue(), frames, (height, width), histogram)
+_LONGEST_NAME = 255  # bytes, of a folder
 
 
 @dataclass
 class LeRobotWriter:
     """Writes one dataset, episode by episode, and names it `root` only once it is whole.
 
-    root: a folder that must not exist yet. fps: frames per second. state_names: what the numbers of a state are,
-    in order; an action has the same. cameras: {key: (height, width)}, keys like "observation.images.cam_high".
-    robot_type: as in info.json. episodes_per_file: how many episodes share a parquet file and an mp4 file.
-    Used as a context manager it closes itself, unless an exception left the dataset incomplete.
+    root: a folder that must not exist yet; until `close` the dataset is `root`.partial. fps: frames per second, any
+    number or fraction (`frame_rate`). state_names: what the numbers of a state are, in order, each by another name; an
+    action has the same. cameras: {key: (height, width)}, keys like "observation.images.cam_high". robot_type: as in
+    info.json. episodes_per_file: how many episodes share a parquet file and an mp4 file.
+
+    What could not be read back is a ValueError when it is handed in, here or in `add_episode`, and leaves the episodes
+    before as they are: go on, or call `close`. Used as a context manager it closes itself; after an exception the
+    episodes so far are a whole dataset under the name `root`.partial, and `close` still gives it its own.
     """
 
     root: Path
-    fps: int
+    fps: float | Fraction
     state_names: Sequence[str]
     cameras: Mapping[str, tuple[int, int]]
     robot_type: str
@@ -92,16 +74,28 @@ class LeRobotWriter:
     _histograms: dict[str, np.ndarray] = field(default_factory=dict, init=False)
     _total: int = field(default=0, init=False)
     _table: pq.ParquetWriter | None = field(default=None, init=False)
-    _videos: dict[str, "VideoFile"] = field(default_factory=dict, init=False)
+    _videos: dict[str, VideoFile] = field(default_factory=dict, init=False)
+    _settings: dict[str, bytes] = field(default_factory=dict, init=False)  # of the decoders of the open files
+    _closed: str = field(default="", init=False)  # why no further episode is taken
 
     def __post_init__(self) -> None:
         self.root = local_path(self.root)
-        if self.root.exists():
+        self._rate = frame_rate(self.fps)
+        self.state_names = _checked_names(self.state_names)
+        self.robot_type = _checked_text(self.robot_type, "robot_type")
+        self.episodes_per_file = _checked_count(self.episodes_per_file, "episodes_per_file")
+        self.cameras = _checked_cameras(self.cameras, self._rate)
+        if os.path.lexists(self.root):
             raise FileExistsError(f"{self.root} exists already: expected a new folder; remove it or name another.")
-        self._partial = self.root.with_name(self.root.name + ".partial")
-        shutil.rmtree(self._partial, ignore_errors=True)  # what an interrupted run left
-        (self._partial / "meta").mkdir(parents=True)
-        self._columns = {name: [] for name in (*_VECTORS, *_SCALARS)}
+        self._partial = unfinished(self.root)
+        self._owner = Owner(self._partial)
+        if left := _files(self._partial):
+            self._owner.release()
+            whole = " It opens as a dataset." if self._partial / "meta/info.json" in left else ""
+            raise FileExistsError(
+                f"{self._partial} holds what an interrupted recording left.{whole} Rename it to keep it, or remove it."
+            )
+        self._columns = {name: [] for name in (*VECTORS, *SCALARS)}
         self._histograms = {key: np.zeros((3, 256), np.int64) for key in self.cameras}
 
     def add_episode(
@@ -113,84 +107,152 @@ class LeRobotWriter:
     ) -> None:
         """Append one episode of T frames.
 
-        states, actions: float32 [T, len(state_names)]. images: for each camera uint8 [T, height, width, 3] RGB,
-        or what `encode_video` made of it elsewhere. instruction: the task in words.
+        states, actions: finite float32 [T, len(state_names)]. images: for each camera uint8 [T, height, width, 3] RGB,
+        or what `encode_video` made of it elsewhere. instruction: the task in words, not empty. Raises ValueError for
+        anything else; then nothing was written.
         """
-        length = len(states)
-        for name, rows in zip(_VECTORS, (states, actions), strict=True):
-            if rows.shape != (length, len(self.state_names)) or rows.dtype != np.float32 or not length:
-                raise ValueError(
-                    f"{name} has shape {rows.shape} and dtype {rows.dtype}: expected float32 "
-                    f"[{length or 'at least 1'}, {len(self.state_names)}]."
-                )
-        if set(images) != set(self.cameras):
-            raise ValueError(f"The images are of {sorted(images)}: expected exactly {sorted(self.cameras)}.")
-        videos = {}
-        for key, size in self.cameras.items():
-            video = images[key]
-            videos[key] = video if isinstance(video, EncodedVideo) else encode_video(video, self.fps)
-            if (videos[key].frames, videos[key].size) != (length, tuple(size)):
-                raise ValueError(
-                    f"{key} has {videos[key].frames} frames of {videos[key].size}: expected {length} of {size}."
-                )
-
-        number = len(self._episodes)
-        if number % self.episodes_per_file == 0:
-            self._next_file(number // self.episodes_per_file)
-        frame_index = np.arange(length)
-        columns = {
-            "observation.state": states,
-            "action": actions,
-            "timestamp": (frame_index / self.fps).astype(np.float32),
-            "frame_index": frame_index,
-            "episode_index": np.full(length, number),
-            "index": self._total + frame_index,
-            "task_index": np.full(length, self._tasks.setdefault(instruction, len(self._tasks))),
-        }
-        self._table.write_table(_data_table(columns))
-        self._episodes.append(self._describe(columns, videos, instruction))
-        for name, values in columns.items():
-            self._columns[name].append(values)
-        for key, video in videos.items():
-            self._videos[key].append(video)
-            self._histograms[key] += video.histogram
-        self._total += length
+        if self._closed:
+            raise ValueError(f"{self.root} takes no further episode: {self._closed}.")
+        columns = self._checked_rows(states, actions)
+        instruction = _checked_text(instruction, "The instruction", blank=False)
+        videos, settings = self._checked_videos(images, len(columns["action"]))
+        self._closed = "the last one could not be written whole; close() finishes the episodes before it"
+        self._write(columns, videos, settings, instruction)
+        self._closed = ""
 
     def close(self) -> None:
-        """Write the metadata and give the dataset its name."""
+        """Write the metadata and give the dataset its name. A second call does nothing."""
+        if not self._partial.exists() and self._closed:
+            return
         if not self._episodes:
+            self._leave()
             raise ValueError(f"{self.root} has no episode: expected at least one; call add_episode first.")
-        self._close_files()
-        stats = {name: _vector_stats(np.concatenate(values)) for name, values in self._columns.items()}
-        stats |= {key: _image_stats(h, self._total) for key, h in self._histograms.items()}
-        meta = self._partial / "meta"
-        (meta / "info.json").write_text(json.dumps(self._info(), indent=4))
-        (meta / "stats.json").write_text(json.dumps(stats, indent=4))
-        pq.write_table(_task_table(list(self._tasks)), meta / "tasks.parquet")
-        episodes = self._partial / _EPISODES_PATH
-        episodes.parent.mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(self._episodes), episodes)
+        self._finish()
+        if os.path.lexists(self.root):
+            raise FileExistsError(
+                f"{self.root} has come to exist meanwhile; the recording is whole in {self._partial}: rename it."
+            )
         self._partial.rename(self.root)
 
     def __enter__(self) -> "LeRobotWriter":
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if kind is None:
             self.close()
-        else:
+        elif self._leave():
+            error.add_note(
+                f"{len(self._episodes)} whole episodes are in {self._partial}: rename it to {self.root.name} to use "
+                "them, or remove it."
+            )
+
+    def _leave(self) -> bool:
+        """Ends early, leaving the episodes so far, if there are any, as a whole dataset; whether there are."""
+        with suppress(OSError):  # as on a full disk; what led here is told
+            if self._episodes:
+                self._finish()
+                return True
             self._close_files()
+            self._closed = self._closed or "it was closed"
+            shutil.rmtree(self._partial)
+        self._owner.release()
+        return False
+
+    # ---------------------------------------------------------------- what is handed in
+    def _checked_rows(self, states: np.ndarray, actions: np.ndarray) -> dict[str, np.ndarray]:
+        """The columns of an episode, copies of what was handed in."""
+        width = len(self.state_names)
+        length = states.shape[0] if isinstance(states, np.ndarray) and states.ndim == 2 else 0
+        for name, rows in zip(VECTORS, (states, actions), strict=True):
+            if not isinstance(rows, np.ndarray) or isinstance(rows, np.ma.MaskedArray):
+                raise ValueError(f"{name} is a {type(rows).__name__}: expected a plain array float32 [T, {width}].")
+            if rows.shape != (length, width) or rows.dtype != np.float32 or not length:
+                raise ValueError(
+                    f"{name} has shape {rows.shape} and dtype {rows.dtype}: expected float32 "
+                    f"[{length or 'at least 1'}, {width}]."
+                )
+            if len(bad := np.argwhere(~np.isfinite(rows))):
+                row, place = bad[0]
+                raise ValueError(
+                    f"{name} is {rows[row, place]} in row {row}, dimension {place} ({self.state_names[place]}): "
+                    "expected finite numbers; leave the episode out or record it again."
+                )
+        frame_index = np.arange(length)
+        timestamp = (frame_index / float(self._rate)).astype(np.float32)
+        if (np.rint(timestamp * np.float64(self._rate)) != frame_index).any():
+            raise ValueError(
+                f"{length} rows at {float(self._rate):g} per second are too many for the time stamps of an episode, "
+                "which are float32; split it."
+            )
+        return {
+            "observation.state": np.array(states, order="C"),
+            "action": np.array(actions, order="C"),
+            "timestamp": timestamp,
+            "frame_index": frame_index,
+            "episode_index": np.full(length, len(self._episodes)),
+            "index": self._total + frame_index,
+        }
+
+    def _checked_videos(
+        self, images: Mapping[str, np.ndarray | EncodedVideo], length: int
+    ) -> tuple[dict[str, EncodedVideo], dict[str, bytes]]:
+        """All cameras encoded, and the settings of their decoders."""
+        if set(images) != set(self.cameras):
+            raise ValueError(f"The images are of {sorted(images)}: expected exactly {sorted(self.cameras)}.")
+        for key, size in self.cameras.items():
+            video = images[key]
+            if not isinstance(video, EncodedVideo):
+                check_images(video, key)
+            frames, found = (video.frames, video.size) if isinstance(video, EncodedVideo) else (
+                len(video), video.shape[1:3]
+            )  # fmt: skip
+            if (frames, tuple(found)) != (length, size):
+                raise ValueError(f"{key} has {frames} frames of {tuple(found)}: expected {length} of {size}.")
+        videos = {
+            key: images[key] if isinstance(images[key], EncodedVideo) else encode_video(images[key], self._rate)
+            for key in self.cameras
+        }
+        settings = {key: check_video(video, self._rate, key) for key, video in videos.items()}
+        other = [key for key, found in settings.items() if found != self._settings.get(key, found)]
+        if other and len(self._episodes) % self.episodes_per_file:
+            raise ValueError(
+                f"{', '.join(other)}: encoded with other settings than the episodes before in the same file; encode "
+                "all of them with encode_video and one version of PyAV."
+            )
+        return videos, settings
+
+    # ---------------------------------------------------------------- files
+    def _write(
+        self, columns: dict[str, np.ndarray], videos: dict[str, EncodedVideo], settings: dict[str, bytes],
+        instruction: str,
+    ) -> None:  # fmt: skip
+        number, length = len(self._episodes), len(columns["action"])
+        if number % self.episodes_per_file == 0:
+            self._next_file(number // self.episodes_per_file)
+            self._settings = settings
+        columns["task_index"] = np.full(length, self._tasks.get(instruction, len(self._tasks)))
+        self._table.write_table(data_table(columns))
+        episode = self._describe(columns, videos, instruction)
+        for key, video in videos.items():
+            self._videos[key].append(video)
+        self._tasks.setdefault(instruction, len(self._tasks))
+        self._episodes.append(episode)
+        for name, values in columns.items():
+            self._columns[name].append(values)
+        for key, video in videos.items():
+            self._histograms[key] += video.histogram
+        self._total += length
 
     def _next_file(self, file: int) -> None:
         self._close_files()
         self._place = {"chunk_index": file // _FILES_PER_CHUNK, "file_index": file % _FILES_PER_CHUNK}
         path = self._partial / _DATA_PATH.format(**self._place)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._table = pq.ParquetWriter(path, _data_schema(len(self.state_names)))
+        self._table = pq.ParquetWriter(path, data_schema(len(self.state_names)))
         for key in self.cameras:
             path = self._partial / _VIDEO_PATH.format(video_key=key, **self._place)
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._videos[key] = VideoFile(path, self.fps)
+            self._videos[key] = VideoFile(path, self._rate)
 
     def _close_files(self) -> None:
         if self._table is not None:
@@ -199,6 +261,21 @@ class LeRobotWriter:
         for video in self._videos.values():
             video.close()
         self._videos = {}
+
+    def _finish(self) -> None:
+        """Makes the episodes so far a whole dataset, under the name it has until `close`."""
+        self._closed = self._closed or "it was closed"
+        self._close_files()
+        stats = {name: vector_stats(np.concatenate(values)) for name, values in self._columns.items()}
+        stats |= {key: image_stats(h, self._total) for key, h in self._histograms.items()}
+        meta = self._partial / "meta"
+        episodes = self._partial / _EPISODES_PATH
+        episodes.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(self._episodes), episodes)
+        pq.write_table(task_table(list(self._tasks)), meta / "tasks.parquet")
+        (meta / "stats.json").write_text(json.dumps(stats, indent=4))
+        (meta / "info.json").write_text(json.dumps(self._info(), indent=4))
+        self._owner.release()
 
     def _describe(self, columns: dict, videos: dict[str, EncodedVideo], instruction: str) -> dict:
         """The row of meta/episodes: where the episode lies and its statistics."""
@@ -215,17 +292,18 @@ class LeRobotWriter:
         for key in self.cameras:
             start = self._videos[key].frames
             row |= {f"videos/{key}/{name}": value for name, value in self._place.items()}
-            row[f"videos/{key}/from_timestamp"] = start / self.fps
-            row[f"videos/{key}/to_timestamp"] = (start + length) / self.fps
-        stats = {name: _vector_stats(columns[name]) for name in _VECTORS}
-        stats |= {key: _image_stats(videos[key].histogram, length) for key in self.cameras}
-        stats |= {name: _vector_stats(columns[name]) for name in _SCALARS}
+            row[f"videos/{key}/from_timestamp"] = float(start / self._rate)
+            row[f"videos/{key}/to_timestamp"] = float((start + length) / self._rate)
+        stats = {name: vector_stats(columns[name]) for name in VECTORS}
+        stats |= {key: image_stats(videos[key].histogram, length) for key in self.cameras}
+        stats |= {name: vector_stats(columns[name]) for name in SCALARS}
         row |= {f"stats/{name}/{what}": value for name, of in stats.items() for what, value in of.items()}
         return row | {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
 
     def _info(self) -> dict:
         names = list(self.state_names)
-        features = {name: {"dtype": "float32", "shape": [len(names)], "names": names} for name in _VECTORS}
+        fps = self._rate.numerator if self._rate.denominator == 1 else float(self._rate)
+        features = {name: {"dtype": "float32", "shape": [len(names)], "names": names} for name in VECTORS}
         for key, (height, width) in self.cameras.items():
             features[key] = {
                 "dtype": "video",
@@ -237,12 +315,12 @@ class LeRobotWriter:
                     "video.codec": "h264",
                     "video.pix_fmt": "yuv420p",
                     "video.is_depth_map": False,
-                    "video.fps": self.fps,
+                    "video.fps": fps,
                     "video.channels": 3,
                     "has_audio": False,
                 },
             }
-        for name, dtype in _SCALARS.items():
+        for name, dtype in SCALARS.items():
             features[name] = {"dtype": dtype, "shape": [1], "names": None}
         return {
             "codebase_version": "v3.0",
@@ -253,7 +331,7 @@ class LeRobotWriter:
             "chunks_size": _FILES_PER_CHUNK,
             "data_files_size_in_mb": 100,
             "video_files_size_in_mb": 200,
-            "fps": self.fps,
+            "fps": fps,
             "splits": {"train": f"0:{len(self._episodes)}"},
             "data_path": _DATA_PATH,
             "video_path": _VIDEO_PATH,
@@ -261,105 +339,78 @@ class LeRobotWriter:
         }
 
 
-class VideoFile:
-    """An mp4 file to which encoded episodes are appended without encoding them again."""
-
-    def __init__(self, path: Path, fps: int | Fraction) -> None:
-        self._container = av.open(str(path), "w")
-        self._stream = None
-        self._fps = fps
-        self.frames = 0
-
-    def append(self, video: EncodedVideo) -> None:
-        with av.open(io.BytesIO(video.mp4)) as source:
-            stream = source.streams.video[0]
-            if self._stream is None:
-                self._stream = self._container.add_stream_from_template(stream)
-            for packet in source.demux(stream):
-                if packet.size == 0:  # the end
-                    continue
-                start = int(Fraction(self.frames, self._fps) / packet.time_base)
-                packet.pts, packet.dts, packet.stream = packet.pts + start, packet.dts + start, self._stream
-                self._container.mux(packet)
-        self.frames += video.frames
-
-    def close(self) -> None:
-        self._container.close()
+def unfinished(root: Path) -> Path:
+    """What the dataset `root` is called while it is recorded, and where a recording that was killed lies."""
+    return root.with_name(root.name + ".partial")
 
 
-def _data_schema(width: int) -> pa.Schema:
-    """The columns of the data files, with the note by which the `datasets` package knows them again."""
-    vector = {"feature": {"dtype": "float32", "_type": "Value"}, "length": width, "_type": "List"}
-    features = {name: vector for name in _VECTORS}
-    features |= {name: {"dtype": dtype, "_type": "Value"} for name, dtype in _SCALARS.items()}
-    fields = [(name, pa.list_(pa.float32(), width)) for name in _VECTORS]
-    fields += [(name, pa.float32() if dtype == "float32" else pa.int64()) for name, dtype in _SCALARS.items()]
-    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+def discard_unfinished(root: Path) -> bool:
+    """Removes what an interrupted recording of `root` left, for recorders that make the same again; whether it did.
+
+    Raises OwnedError while another process records there.
+    """
+    partial = unfinished(Path(root))
+    if not partial.is_dir():
+        return False
+    owner = Owner(partial)
+    shutil.rmtree(partial)
+    owner.release()
+    return True
 
 
-def _data_table(columns: dict[str, np.ndarray]) -> pa.Table:
-    width = columns["action"].shape[1]
-    arrays = [
-        pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), width) if name in _VECTORS else pa.array(values)
-        for name, values in columns.items()
-    ]
-    return pa.Table.from_arrays(arrays, schema=_data_schema(width))
+def _files(folder: Path) -> list[Path]:
+    """What lies in a folder but for the note of its owner."""
+    return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
 
 
-def _task_table(tasks: list[str]) -> pa.Table:
-    """Task numbers, with the instructions as what pandas calls the index."""
-    index = "__index_level_0__"
-    columns = [
-        {"name": "task_index", "field_name": "task_index", "pandas_type": "int64", "numpy_type": "int64"},
-        {"name": None, "field_name": index, "pandas_type": "unicode", "numpy_type": "object"},
-    ]
-    label = {
-        "name": None, "field_name": None, "pandas_type": "unicode", "numpy_type": "object",
-        "metadata": {"encoding": "UTF-8"},
-    }  # fmt: skip
-    pandas = {
-        "index_columns": [index],
-        "column_indexes": [label],
-        "columns": [column | {"metadata": None} for column in columns],
-        "attributes": {},
-        "creator": {"library": "pyarrow", "version": pa.__version__},
-        "pandas_version": "2.2.0",
-    }
-    schema = pa.schema(
-        [("task_index", pa.int64()), (index, pa.large_string())], metadata={"pandas": json.dumps(pandas)}
-    )
-    return pa.table({"task_index": list(range(len(tasks))), index: tasks}, schema=schema)
+# ---------------------------------------------------------------- what a writer is made with
+def _checked_text(text: object, name: str, blank: bool = True) -> str:
+    encodable = isinstance(text, str) and text.encode(errors="replace") == text.encode(errors="surrogatepass")
+    if not encodable or not (blank or text.strip()):
+        raise ValueError(f"{name} is {text!r}: expected {'' if blank else 'words, as '}text that UTF-8 can hold.")
+    return str(text)
 
 
-def _vector_stats(rows: np.ndarray) -> dict[str, list]:
-    """Statistics over the first axis; a scalar column counts as a vector of one."""
-    rows = rows.reshape(len(rows), -1)
-    exact = rows.astype(np.float64)
-    stats = {
-        "min": rows.min(axis=0),
-        "max": rows.max(axis=0),
-        "mean": exact.mean(axis=0),
-        "std": exact.std(axis=0),
-        "count": np.array([len(rows)]),
-    }
-    stats |= dict(zip(_QUANTILES, np.quantile(exact, list(_QUANTILES.values()), axis=0), strict=True))
-    return {name: value.tolist() for name, value in stats.items()}
+def _checked_count(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} is {value!r}: expected a whole number, at least 1.")
+    return int(value)
 
 
-def _image_stats(histogram: np.ndarray, frames: int) -> dict[str, list]:
-    """Statistics of pixel values 0..1 per colour, each shaped [3, 1, 1]."""
-    levels = np.arange(256) / 255
-    share = histogram / histogram.sum(axis=1, keepdims=True)
-    mean = share @ levels
-    stats = {
-        "min": levels[(histogram > 0).argmax(axis=1)],
-        "max": levels[255 - (histogram[:, ::-1] > 0).argmax(axis=1)],
-        "mean": mean,
-        "std": np.sqrt(np.maximum(share @ levels**2 - mean**2, 0)),
-    }
-    below = share.cumsum(axis=1)
-    stats |= {name: levels[(below >= q - 1e-12).argmax(axis=1)] for name, q in _QUANTILES.items()}
-    shaped = {name: value.reshape(3, 1, 1).tolist() for name, value in stats.items()}
-    return {**{n: shaped[n] for n in ("min", "max", "mean", "std")}, "count": [frames]} | {
-        name: shaped[name] for name in _QUANTILES
-    }
+def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str) or not hasattr(names, "__iter__") or not len(names := list(names)):
+        raise ValueError(f"state_names is {names!r}: expected a list with a name for every number of a state.")
+    checked = tuple(_checked_text(name, f"state_names[{i}]", blank=False) for i, name in enumerate(names))
+    if twice := [name for name in checked if checked.count(name) > 1]:
+        raise ValueError(f"state_names has {twice[0]!r} twice: expected another name for every number.")
+    return checked
+
+
+def _checked_cameras(cameras: Mapping[str, tuple[int, int]], rate: Fraction) -> dict[str, tuple[int, int]]:
+    """The cameras with plain numbers; each size is tried out, since a codec has limits of its own."""
+    checked = {}
+    for key, size in cameras.items():
+        name = _checked_text(key, "The key of a camera")
+        if not name.startswith(CAMERA_PREFIX) or name == CAMERA_PREFIX or "/" in name or not name.isprintable():
+            raise ValueError(
+                f"The key of a camera is {name!r}: expected {CAMERA_PREFIX}<name>, as in {CAMERA_PREFIX}cam_high, and "
+                "no '/' in it."
+            )
+        if len(name.encode()) > _LONGEST_NAME:
+            raise ValueError(f"The key {name[:40]!r}... is {len(name.encode())} bytes long, at most {_LONGEST_NAME}.")
+        if not hasattr(size, "__len__") or len(size) != 2:
+            raise ValueError(f"The size of {key} is {size!r}: expected (height, width) in pixels.")
+        height, width = (_checked_count(value, f"The size of {key}") for value in size)
+        checked[name] = height, width
+    for size in set(checked.values()):
+        keys = ", ".join(key for key, found in checked.items() if found == size)
+        black = np.zeros((2, *size, 3), np.uint8)
+        check_images(black, keys)
+        try:
+            check_video(encode_video(black, rate), rate, keys)
+        except (av.error.FFmpegError, OverflowError, ValueError) as error:
+            raise ValueError(
+                f"{keys}: h264 cannot hold pictures of {size[0]}x{size[1]} at {float(rate):g} per second ({error}); "
+                "resize them."
+            ) from error
+    return checked

@@ -17,7 +17,8 @@ import numpy as np
 from data_pipelines.disk import whole_file, writing
 from data_pipelines.processes import worker_pool
 from data_pipelines.progress import Progress, say
-from data_pipelines.recording.lerobot_writer import EncodedVideo, LeRobotWriter, encode_video
+from data_pipelines.recording.encoded_video import EncodedVideo, encode_video
+from data_pipelines.recording.lerobot_writer import LeRobotWriter, discard_unfinished
 from data_pipelines.simulation.env import FPS, IMAGE_SIZES, INSTRUCTIONS, STATE_NAMES, AlohaSim, scene_file
 from data_pipelines.simulation.expert import plan
 
@@ -83,6 +84,7 @@ def record(task: str, episodes: int, out: Path, processes: int, noise: float, se
     attempts = out.with_name(f".{out.name}.attempts-{kind}")
     safe = f"The episodes before are kept in {attempts}; the same command goes on from there."
     progress, kept = Progress(episodes, "episodes"), []
+    discard_unfinished(out)  # the attempts hold all of it
     with writing(out, safe), LeRobotWriter(out, FPS, STATE_NAMES, cameras, robot_type="aloha") as writer:
         attempts.mkdir(parents=True, exist_ok=True)
         with closing(_attempts(task, noise, seed0, processes, attempts, safe)) as files:

@@ -18,7 +18,8 @@ from data_pipelines.disk import DiskError
 from data_pipelines.processes import WorkerError
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.recording import record as recording
-from data_pipelines.recording.lerobot_writer import LeRobotWriter, encode_video
+from data_pipelines.recording.encoded_video import encode_video
+from data_pipelines.recording.lerobot_writer import LeRobotWriter
 from data_pipelines.recording.record import Episode, disturbance, record, record_episode
 from data_pipelines.simulation.env import IMAGE_SIZES, AlohaSim
 from data_pipelines.simulation.expert import plan
@@ -158,37 +159,6 @@ def test_video_has_a_key_frame_at_least_every_second_frame(dataset: Path) -> Non
     assert keys[0] and keys[LENGTHS[0]] and all(a or b for a, b in zip(keys, keys[1:], strict=False))
     steps = [float(packet.pts * packet.time_base) for packet in packets]
     np.testing.assert_allclose(steps, np.arange(len(packets)) / FPS, atol=1e-6)
-
-
-def test_interrupted_recording_is_never_taken_for_a_whole_one(tmp_path: Path) -> None:
-    root = tmp_path / "set"
-    with pytest.raises(KeyboardInterrupt), writer(root) as out:
-        out.add_episode(*episode(0), "lift")
-        raise KeyboardInterrupt
-    assert not root.exists()
-    with writer(root) as out:  # what was left does not disturb the next try
-        out.add_episode(*episode(1), "lift")
-    assert open_episodes(root).lengths.tolist() == [LENGTHS[1]]
-    with pytest.raises(FileExistsError, match="exists already"):
-        writer(root)
-
-
-def test_mistakes_are_named(tmp_path: Path) -> None:
-    out = writer(tmp_path / "set")
-    states, actions, images = episode(0)
-    with pytest.raises(ValueError, match=r"action has shape \(6, 3\).*expected float32 \[7, 3\]"):
-        out.add_episode(states, actions[1:], images, "lift")
-    with pytest.raises(ValueError, match="observation.state has .*float64"):
-        out.add_episode(states.astype(np.float64), actions, images, "lift")
-    short = {key: frames[1:] for key, frames in images.items()}
-    with pytest.raises(ValueError, match="cam_high has 6 frames.*expected 7"):
-        out.add_episode(states, actions, short, "lift")
-    with pytest.raises(ValueError, match="expected exactly"):
-        out.add_episode(states, actions, dict(list(images.items())[:1]), "lift")
-    with pytest.raises(ValueError, match="even height and width"):
-        encode_video(np.zeros((2, 31, 32, 3), np.uint8), FPS)
-    with pytest.raises(ValueError, match="no episode"):
-        out.close()
 
 
 def test_disturbance_settles_at_its_standard_deviation() -> None:
