@@ -147,8 +147,9 @@ def test_whatever_is_taken_reads_back(tmp_path: Path, seed: int) -> None:
             episodes.append(kept)
     check(tmp_path / "set", episodes, frame_rate(fps))
     stats = json.loads((tmp_path / "set/meta/stats.json").read_text())
-    actions = np.concatenate([actions for _, actions, _, _ in episodes])
-    np.testing.assert_allclose(stats["action"]["mean"], actions.mean(0, dtype=np.float64))
+    for place, name in enumerate(("observation.state", "action")):
+        rows = np.concatenate([one[place] for one in episodes])
+        np.testing.assert_allclose(stats[name]["mean"], rows.mean(0, dtype=np.float64))
 
 
 # ---------------------------------------------------------------- what is refused when the writer is made
