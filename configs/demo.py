@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(dict(
         path="runs/demo/dataset", episodes=200, cache="runs/demo/cache", latents="", latent_clips=False, workers=0,
         head_size=(64, 128), single_view=False, history_stride=16, max_offset=15, batch_size=16, validation_episodes=8,
+        normalization=dict(state="z-score", action="z-score"), clip=5.0,
     ))  # fmt: skip
 
     config.optimizer = ConfigDict(dict(

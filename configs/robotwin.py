@@ -28,10 +28,12 @@ def get_config() -> ConfigDict:
         video_weight=1.0, action_weight=1.0, loss_weight="bell", action_loss_weight="bell", action_draws=1,
     ))  # fmt: skip
 
-    # 65 rows a window: 64 actions, 9 video frames; history one horizon apart.
+    # 65 rows a window: 64 actions, 9 video frames; history one horizon apart. Every number may have a rule of its own,
+    # as "z-score, left_gripper=min-max"; |z| is cut at clip.
     config.data = ConfigDict(dict(
         path="data/robotwin", cache="", latents="", latent_clips=False, workers=0, head_size=(256, 320),
         single_view=False, history_stride=64, max_offset=0, batch_size=256, validation_episodes=50,
+        normalization=dict(state="z-score", action="z-score"), clip=5.0,
     ))  # fmt: skip
 
     config.optimizer = ConfigDict(dict(

@@ -39,7 +39,7 @@ THREADS = min(16, max(2, os.cpu_count() or 1))
 class Source:
     """A dataset of a mixture.
 
-    frames: its canvases uint8 [total rows, H, W, 3], None where all latents are cached.  statistics: z-score its
+    frames: its canvases uint8 [total rows, H, W, 3], None where all latents are cached.  statistics: normalise its
     states and actions; None leaves them in the units of the recording.  weight: its share of the samples, relative to
     the other sources' weights.  episodes: indices of the episodes to use, all by default.  latents: in place of
     pictures.

@@ -1,4 +1,4 @@
-"""Per-dimension statistics of states and actions, and the z-score built on them.
+"""Per-dimension statistics of states and actions, and with them how each number is normalised.
 
 They come from the rows alone, no video is opened: every batch of episodes gives a `Partial`, and partials merge
 exactly, so that threads, hosts and datasets may share the work in any way.
@@ -6,26 +6,27 @@ exactly, so that threads, hosts and datasets may share the work in any way.
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from data_pipelines import normalization
 from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.normalization import RELEASED, RULES, Normalization
 
 NAMES = ("mean", "std", "min", "max", "q01", "q99")
-# A joint that never moves has std near 0; dividing by it would blow sensor noise up to huge inputs.
-STD_FLOOR = 1e-3
-# The release cuts states and actions off here after the z-score.
-Z_LIMIT = 5.0
+KINDS = ("state", "action")
 TAIL = 0.01  # q01 and q99 leave this share of the rows outside
 BATCH_ROWS = 16_384  # rows a thread reduces at a time
 FILE = "dataset_stats.json"
 
 Statistics = dict[str, dict[str, np.ndarray]]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -99,22 +100,22 @@ def tail_length(total: int) -> int:
     return min(total, int(TAIL * (total - 1)) + 2)
 
 
-def compute_statistics(dataset: Episodes) -> Statistics:
-    """{"state": s, "action": a}, each with mean, std, min, max, q01, q99 as float64 [d], from the rows alone.
+def compute_statistics(dataset: Episodes, how: Normalization = RELEASED) -> Statistics:
+    """{"state": s, "action": a}, each with mean, std, min, max, q01, q99 as float64 [d], from the rows alone, and, as
+    `how` says it of each number, normalization str [d] and clip float64 [d].
 
-    Every row of every episode counts once; units are those of the recording.
+    Every row of every episode counts once; units are those of the recording. Raises DatasetError for numbers that
+    `how` names and the dataset has not.
     """
-    return _compute([dataset])
+    return _compute([dataset], how)
 
 
-def compute_by_robot(datasets: Iterable[Episodes]) -> dict[str, Statistics]:
+def compute_by_robot(datasets: Iterable[Episodes], how: Normalization = RELEASED) -> dict[str, Statistics]:
     """Statistics of each robot over all of its datasets, by `robot`.
 
-    Raises DatasetError where datasets of one robot differ in what their numbers mean.
+    Raises DatasetError where datasets of one robot differ in what their numbers mean, and as `compute_statistics`.
     """
-    groups: dict[str, list[Episodes]] = {}
-    for dataset in datasets:
-        groups.setdefault(dataset.robot, []).append(dataset)
+    groups = _by_robot(datasets)
     for robot, (first, *others) in groups.items():
         for other in others:
             if _meaning(other) != _meaning(first):
@@ -122,16 +123,31 @@ def compute_by_robot(datasets: Iterable[Episodes]) -> dict[str, Statistics]:
                     f"{other.root} and {first.root} are both of the robot {robot!r}, but their states or actions "
                     "differ in width or names; map them to one layout or name the robots apart."
                 )
-    return {robot: _compute(group) for robot, group in groups.items()}
+    return {robot: _compute(group, how) for robot, group in groups.items()}
+
+
+def describe_losses(datasets: Iterable[Episodes], statistics: Mapping[str, Statistics]) -> Iterator[str]:
+    """What normalising by `statistics`, by robot, takes from the rows of these datasets, in sentences."""
+    for robot, group in _by_robot(datasets).items():
+        for kind in KINDS:
+            stats = statistics[robot][kind]
+            names = getattr(group[0], f"{kind}_names")
+            for sentence in normalization.losses(kind, names, stats, partial(_cut_share, group, kind, stats)):
+                yield f"robot {robot!r}: {sentence}" if robot else sentence
 
 
 def save_statistics(stats: Statistics, path: str | Path) -> None:
-    """Writes `stats` as the release's dataset_stats.json, to that file."""
+    """Writes `stats` as the release's dataset_stats.json, to that file; normalization and clip lie beside the numbers
+    that the release reads."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lists = {
-        key: {"default": {f"global_{name}": values.tolist() for name, values in stats[key].items()}}
-        for key in ("state", "action")
+        kind: {
+            "default": {
+                f"global_{name}" if name in NAMES else name: values.tolist() for name, values in stats[kind].items()
+            }
+        }
+        for kind in KINDS
     }
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(lists, indent=1) + "\n")
@@ -142,28 +158,31 @@ def load_statistics(path: str | Path) -> Statistics:
     """Reads a release's dataset_stats.json: {"state" | "action": {field: {"global_mean": [d], ...}}}.
 
     Several fields of a state or action (arms, grippers) are put side by side in the file's order, as the release
-    does. Its stepwise_* entries, statistics per row of a window, are not used.
+    does. Its stepwise_* entries, statistics per row of a window, are not used. A field that does not say how it is
+    normalised is so as in the release.
     """
     path = Path(path)
     if not path.is_file():
         raise DatasetError(f"{path} does not exist; give the dataset_stats.json that came with the checkpoint.")
     try:
         fields = json.loads(path.read_text())
-        stats = {
-            key: {
-                name: np.concatenate([np.array(field[f"global_{name}"], np.float64) for field in fields[key].values()])
-                for name in NAMES
-            }
-            for key in ("state", "action")
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        read = {kind: [_read_field(kind, field) for field in fields[kind].values()] for kind in KINDS}
+        stats = {kind: {name: np.concatenate([x[name] for x in parts]) for name in parts[0]}
+                 for kind, parts in read.items()}  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DatasetError(
             f"{path} must hold global_{', global_'.join(NAMES)} for the fields of state and action ({error!r}); "
             "download or compute it again."
         ) from error
-    for key, values in stats.items():
-        if len({len(x) for x in values.values()}) != 1 or not all(np.isfinite(x).all() for x in values.values()):
-            raise DatasetError(f"{path} has {key} statistics of differing lengths or that are not finite.")
+    for kind, values in stats.items():
+        numbers = [x for name, x in values.items() if name != "normalization"]
+        if len({len(x) for x in values.values()}) != 1 or not all(np.isfinite(x).all() for x in numbers):
+            raise DatasetError(f"{path} has {kind} statistics of differing lengths or that are not finite.")
+        if not set(values["normalization"].tolist()) <= set(RULES) or (values["clip"] < 0).any():
+            raise DatasetError(
+                f"{path} must normalise every number of the {kind} by {', '.join(RULES)}, cut at 0 or more; take the "
+                "file as it was written."
+            )
     return stats
 
 
@@ -203,39 +222,68 @@ def pick_robot(stats: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
             f"There are statistics of the robots {', '.join(map(repr, stats)) or '(none)'}, "
             f"{'none was chosen' if robot is None else f'not of {robot!r}'}; name one of them."
         )
-    return {kind: {name: np.array(x) for name, x in values.items()} for kind, values in stats[robot].items()}
+    return {
+        kind: _as_released(kind, {name: np.array(x) for name, x in values.items()})
+        for kind, values in stats[robot].items()
+    }
 
 
-def normalize(x: np.ndarray, stats: Mapping[str, np.ndarray]) -> np.ndarray:
-    """z-score of x [..., d] by stats["mean"], stats["std"] [d]; float32, unitless, cut off at -5 and 5.
-
-    The release cuts states and actions alike, so that a rare outlier cannot dominate a batch.
-    """
-    z = (x - stats["mean"]) / np.maximum(stats["std"], STD_FLOOR)
-    return np.clip(z, -Z_LIMIT, Z_LIMIT).astype(np.float32)
+def _read_field(kind: str, field: Mapping[str, Sequence]) -> dict[str, np.ndarray]:
+    """One field of a dataset_stats.json."""
+    values = {name: np.array(field[f"global_{name}"], np.float64) for name in NAMES}
+    own = {name: np.array(field[name]) for name in ("normalization", "clip") if name in field}
+    return _as_released(kind, values | own)
 
 
-def denormalize(x: np.ndarray, stats: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Undoes `normalize` but for its cut: [..., d] unitless -> float32 [..., d] in the units of the recording."""
-    return (x * np.maximum(stats["std"], STD_FLOOR) + stats["mean"]).astype(np.float32)
+def _as_released(kind: str, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`values` with the release's normalisation where they do not say theirs."""
+    return values | {k: x for k, x in RELEASED.of(kind, (), len(values["mean"])).items() if k not in values}
 
 
 def _meaning(dataset: Episodes) -> tuple:
     return dataset.state_dim, dataset.action_dim, dataset.state_names, dataset.action_names
 
 
-def _compute(datasets: Sequence[Episodes]) -> Statistics:
-    total = int(sum(dataset.lengths.sum() for dataset in datasets))
-    batches = [(dataset, batch) for dataset in datasets for batch in _batches(dataset.lengths)]
+def _by_robot(datasets: Iterable[Episodes]) -> dict[str, list[Episodes]]:
+    groups: dict[str, list[Episodes]] = {}
+    for dataset in datasets:
+        groups.setdefault(dataset.robot, []).append(dataset)
+    return groups
 
-    def partials(task: tuple[Episodes, range]) -> tuple[Partial, Partial]:
+
+def _compute(datasets: Sequence[Episodes], how: Normalization) -> Statistics:
+    first, total = datasets[0], int(sum(dataset.lengths.sum() for dataset in datasets))
+    # Before the rows are read: a misspelt name is told at once.
+    chosen = {
+        "state": how.of("state", first.state_names, first.state_dim),
+        "action": how.of("action", first.action_names, first.action_dim),
+    }
+    partials = _of_rows(datasets, lambda rows: {kind: Partial.of(rows(kind), total) for kind in KINDS})
+    return {kind: reduce(Partial.merge, (part[kind] for part in partials)).finish() | chosen[kind] for kind in KINDS}
+
+
+def _cut_share(datasets: Sequence[Episodes], kind: str, stats: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Share of the rows in which normalising cuts a number, [d]."""
+
+    def cut(rows: Callable[[str], np.ndarray]) -> np.ndarray:
+        x = rows(kind)
+        return (x != normalization.recoverable(x, stats)).sum(0)
+
+    return sum(_of_rows(datasets, cut)) / sum(dataset.lengths.sum() for dataset in datasets)
+
+
+def _of_rows(datasets: Sequence[Episodes], work: Callable[[Callable[[str], np.ndarray]], Result]) -> list[Result]:
+    """What `work` makes of runs of rows, all of which together are those of the datasets. It is called in threads
+    with a function that reads the run's states or actions [n, d]."""
+
+    def of(task: tuple[Episodes, range]) -> Result:
         dataset, batch = task
-        rows = ([dataset.states(e) for e in batch], [dataset.actions(e) for e in batch])
-        return tuple(Partial.of(np.concatenate(parts), total) for parts in rows)
+        read = {"state": dataset.states, "action": dataset.actions}
+        return work(lambda kind: np.concatenate([read[kind](episode) for episode in batch]))
 
+    tasks = [(dataset, batch) for dataset in datasets for batch in _batches(dataset.lengths)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        state, action = zip(*pool.map(partials, batches), strict=True)
-    return {"state": reduce(Partial.merge, state).finish(), "action": reduce(Partial.merge, action).finish()}
+        return list(pool.map(of, tasks))
 
 
 def _batches(lengths: np.ndarray) -> list[range]:

@@ -12,7 +12,8 @@ import numpy as np
 from data_pipelines.caches.frame_cache import Frames
 from data_pipelines.caches.latent_cache import CachedLatents, Latents
 from data_pipelines.episodes import Episodes
-from data_pipelines.statistics import Statistics, normalize
+from data_pipelines.normalization import normalize
+from data_pipelines.statistics import Statistics
 
 FRAMES_PER_LATENT = 4  # the VAE folds four video frames into one latent, the first frame stands alone
 
@@ -72,7 +73,7 @@ class Windows:
     """All windows of the chosen episodes, one per row.
 
     frames: canvases uint8 [total rows, H, W, 3], indexed by dataset row; None where latents and clips are cached.
-    stats: z-scores state and action; None leaves them in the units of the recording.
+    stats: normalise state and action; None leaves them in the units of the recording.
     episodes: indices of the episodes to use, all by default.
     latents: what to give in place of pictures.
     """
@@ -171,7 +172,7 @@ class Windows:
     def _vectors(
         self, name: str, read: Callable[[int], np.ndarray], episodes: np.ndarray, rows: np.ndarray
     ) -> np.ndarray:
-        """Rows int [B, N] of the episodes [B], z-scored, float32 [B, N, width]. What is kept in memory is up to the
+        """Rows int [B, N] of the episodes [B], normalised, float32 [B, N, width]. What is kept in memory is up to the
         dataset: a copy here would be one more."""
         vectors = np.stack([read(episode)[own] for episode, own in zip(episodes, rows, strict=True)])
         return vectors if self._stats is None else normalize(vectors, self._stats[name])

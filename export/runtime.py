@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ahawam_jax.inference.policy import PolicyConfig, checked_state, chunk_start
 from ahawam_jax.towers.latents import make_canvas
-from data_pipelines.statistics import denormalize, normalize
+from data_pipelines.normalization import denormalize, normalize
 from export.engines.engine import Engine, Engines, current_gpu, open_engines
 from export.engines.onnx_graphs import GRAPHS, make_graphs
 from export.exported import Export, load_export

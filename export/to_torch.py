@@ -35,6 +35,7 @@ from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.release import TABLE
 from ahawam_jax.weights.safetensors_file import write_safetensors
 from ahawam_jax.weights.tensors import Tensor
+from data_pipelines.normalization import describe
 from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress
 from data_pipelines.statistics import FILE as STATISTICS
@@ -85,6 +86,7 @@ def convert(path: str | Path, out: str | Path, dtype: str | None = None, robot: 
         parity = measure(config, model, partial, vae)
         write_manifest(partial, {
             "source": {"path": str(path), "step": step, "sha256": source}, "dtype": dtype, "vae": vae,
+            "normalization": describe(statistics),
             "parity": {"arithmetic": "float32", "device": jax.devices()[0].device_kind, **parity},
         })  # fmt: skip
         partial.rename(out)

@@ -41,15 +41,19 @@ DATA = {
     "progress": set(),
     "disk": set(),
     "processes": set(),
+    "normalization": {"episodes"},
     "canvas": set(),
     "readers": {"episodes", "tfds", "disk", "paths"},
     "caches": {"episodes", "canvas", "progress", "disk", "ownership", "processes", "paths"},
-    "statistics": {"episodes", "disk"},
-    "windows": {"episodes", "caches", "statistics"},
+    "statistics": {"episodes", "normalization", "disk"},
+    "windows": {"episodes", "caches", "normalization", "statistics"},
     "loader": {"episodes", "caches", "statistics", "windows", "processes"},
     "simulation": {"progress", "processes"},
     "recording": {"simulation", "progress", "episodes", "disk", "ownership", "processes", "paths"},
-    "inspection": {"episodes", "readers", "canvas", "windows", "loader", "recording", "progress", "disk"},
+    "inspection": {
+        "episodes", "readers", "normalization", "statistics", "canvas", "windows", "loader", "recording", "progress",
+        "disk",
+    },
     "tfds": {"episodes", "readers", "caches", "progress", "disk", "ownership", "paths"},
 }
 EXPORT = {

@@ -28,6 +28,7 @@ from ahawam_jax.weights.convert import flatten
 from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.importing import load_model
 from ahawam_jax.weights.tensors import WeightsError
+from data_pipelines.normalization import describe
 from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress
 from data_pipelines.statistics import load_statistics, to_lists
@@ -62,6 +63,7 @@ def import_checkpoint(
                     f"{statistics} describes {kind}s of {found} numbers, config.model.{kind}_dim is {width}; take the "
                     "file that belongs to this checkpoint."
                 )
+        print(f"{statistics}: {describe(stats)}")
         run["statistics"] = to_lists({"": stats})
     like = sharding.abstract(abstract_params(model), mesh)
     size = sum(x.nbytes for x in weights.tensors.values())

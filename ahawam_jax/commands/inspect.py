@@ -32,7 +32,9 @@ from ahawam_jax.weights.files import LOCATIONS, Weights, open_weights
 from ahawam_jax.weights.importing import is_release, release_tensors
 from ahawam_jax.weights.release import TABLE
 from ahawam_jax.weights.tensors import WeightsError
+from data_pipelines.normalization import describe
 from data_pipelines.progress import Progress
+from data_pipelines.statistics import pick_robot
 
 _VALUES = flags.DEFINE_bool("values", False, "Read every tensor and look for NaN and infinity.")
 
@@ -161,6 +163,8 @@ def inspect_checkpoint(path: Path, config: ModelConfig | None, values: bool) -> 
     print_table(arrays, lambda name: next((label for label, part in COMPONENTS if _under(name, part)), name))
     robots = run.get("statistics", {})
     print(f"  statistics: {', '.join(name or 'one robot' for name in robots) or 'none, so a policy cannot run'}")
+    for name in robots:
+        print(f"  {name or 'one robot'}: {describe(pick_robot(robots, name))}")
     for key in ("source", "instructions"):
         if run.get(key):
             print(f"  {key}: {str(run[key])[:100]}")

@@ -21,7 +21,8 @@ from ahawam_jax.sampling import denoise
 from ahawam_jax.towers.building import VideoTower, build_text_tower, build_video_tower
 from ahawam_jax.towers.encoding import pixels
 from ahawam_jax.towers.latents import make_canvas
-from data_pipelines.statistics import denormalize, normalize, pick_robot
+from data_pipelines.normalization import denormalize, normalize
+from data_pipelines.statistics import pick_robot
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from data_pipelines.caches.frame_cache import DecodingFrames, Frames, open_frame
 from data_pipelines.caches.latent_cache import CachedLatents, Latents
 from data_pipelines.episodes import Episodes
 from data_pipelines.loader import Source, instructions
+from data_pipelines.normalization import Normalization
 from data_pipelines.readers.subset import open_datasets
 from data_pipelines.statistics import Statistics, compute_by_robot
 from data_pipelines.windows import WindowConfig
@@ -57,7 +58,8 @@ def open_data(config: ConfigDict, model: ModelConfig, text_tower: TextTower, vid
         dataset.require_cameras(canvas.cameras)
         _check_fits(dataset, model, config.data.validation_episodes)
     windows = make_windows(config, model)
-    statistics = compute_by_robot([dataset for dataset, _ in datasets])
+    how = Normalization(**config.data.normalization, clip=config.data.clip)
+    statistics = compute_by_robot([dataset for dataset, _ in datasets], how)
     train, validation = [], []
     for dataset, weight in datasets:
         latents = _open_latents(config, model, dataset, video_tower) if config.data.latents else None

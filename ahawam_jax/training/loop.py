@@ -34,7 +34,7 @@ from data_pipelines.loader import evaluation_batches, make_loader
 from data_pipelines.ownership import Owner, owned
 from data_pipelines.paths import local_path, refuse_addresses
 from data_pipelines.progress import StatusLine, clock, finish_line, say
-from data_pipelines.statistics import to_lists
+from data_pipelines.statistics import describe_losses, to_lists
 
 # What may differ between a run and its continuation: it changes neither the result nor the checkpoint.
 FREE_FIELDS = (
@@ -222,7 +222,7 @@ def _train(config: ConfigDict, workdir: Path, owner: Owner | None) -> float:
             if step % config.train.validate_every == 0 or step == config.train.steps:
                 error = _validate(config, data, state, mesh, open_loop_error, tower)
                 log.scalars(step, {"open_loop_error": error})
-                say(f"step {step}: open-loop error {error:.4f} standard deviations")
+                say(f"step {step}: open-loop error {error:.4f} in normalised units")
                 timer.skip(step)
             if step % config.train.checkpoint_every == 0 or step == config.train.steps or stop.requested:
                 save()
@@ -260,7 +260,7 @@ def initial_state(
 
 
 def _validate(config, data, state, mesh, open_loop_error, tower) -> float:
-    """Mean absolute error of sampled chunks on held-out episodes, in standard deviations of the actions."""
+    """Mean absolute error of sampled chunks on held-out episodes, in normalised units."""
     if not data.validation:
         return float("nan")
     params = state.params if state.ema is None else state.ema
@@ -336,3 +336,5 @@ def _banner(config: ConfigDict, model: AhaWam, data: Data, mesh: jax.sharding.Me
         f"{dict(mesh.shape)} on {jax.devices()[0].device_kind}; compute {model.config.dtype}",
         flush=True,
     )
+    for sentence in describe_losses(datasets, data.statistics):
+        print(f"warning: {sentence}", flush=True)

@@ -16,7 +16,7 @@ from ahawam_jax.training.step import Batch
 
 def make_open_loop_error(model: AhaWam, steps: int, shift: float) -> Callable[..., jax.Array]:
     """The jitted function (params, batch, tower, key) -> mean |sampled - recorded| over all
-    actions that are not padding, in the normalised units of the batch (standard deviations)."""
+    actions that are not padding, in the normalised units of the batch."""
 
     @jax.jit
     def error(params: Any, batch: Batch, tower: VideoTower, key: jax.Array) -> jax.Array:

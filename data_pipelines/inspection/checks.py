@@ -14,8 +14,10 @@ import numpy as np
 
 from data_pipelines.episodes import DatasetError, Episodes
 from data_pipelines.loader import THREADS
+from data_pipelines.normalization import RELEASED, label, losses, recoverable
 from data_pipelines.readers.base import BLOCK
 from data_pipelines.readers.lerobot import IMAGE_PREFIX, LeRobot
+from data_pipelines.statistics import Partial
 from data_pipelines.windows import WindowConfig
 
 WINDOW = WindowConfig()  # the one RoboTwin is trained with
@@ -36,16 +38,17 @@ class Check:
 
 @dataclass(frozen=True)
 class Table:
-    """Per dimension of a state or action, over whole episodes: all float64 [d].
+    """Per dimension of a state or action, over whole episodes.
 
-    frozen: share of episodes in which the dimension has a single value.
+    stats: as those of training, normalised as in the release.  The rest is float64 [d].  frozen: share of
+    episodes in which the dimension has a single value.  cut: share of rows that normalising cuts.  lost: how far from
+    the recording the worst of them comes back.
     """
 
-    min: np.ndarray
-    mean: np.ndarray
-    max: np.ndarray
-    std: np.ndarray
+    stats: dict[str, np.ndarray]
     frozen: np.ndarray
+    cut: np.ndarray
+    lost: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -120,12 +123,13 @@ def _header(path: Path) -> tuple[int, str]:
 
 
 # ---------------------------------------------------------------- all episodes
-def tabulate(episodes: Sequence[np.ndarray]) -> Table:
-    """episodes: at least one, each float32 [T, d]."""
+def tabulate(what: str, episodes: Sequence[np.ndarray]) -> Table:
+    """episodes: at least one, each float32 [T, d]; what: "state" or "action"."""
     rows = np.concatenate(episodes)
     frozen = np.mean([np.ptp(episode, axis=0) == 0 for episode in episodes], axis=0)
-    mean, std = rows.mean(0, dtype=np.float64), rows.std(0, dtype=np.float64)
-    return Table(rows.min(0), mean, rows.max(0), std, frozen)
+    stats = Partial.of(rows, len(rows)).finish() | RELEASED.of(what, (), rows.shape[1])
+    off = np.abs(rows - recoverable(rows, stats))
+    return Table(stats, frozen, (off > 0).mean(0), off.max(0))
 
 
 def describe_rows(dataset: Episodes, healthy: Sequence[int]) -> Iterator[str]:
@@ -147,6 +151,7 @@ def describe_rows(dataset: Episodes, healthy: Sequence[int]) -> Iterator[str]:
     for what, episodes, names in (("state", states, dataset.state_names), ("action", actions, dataset.action_names)):
         yield from _frozen(what, episodes, names, healthy)
         yield from _jumps(what, episodes, names, healthy)
+        yield from _losses(what, episodes, names)
     if dataset.state_dim == dataset.action_dim:
         if all(map(np.array_equal, states, actions)):
             yield "Every action equals the state of its own row: the policy would learn to stand still."
@@ -160,7 +165,7 @@ def _frozen(what: str, episodes: Sequence[np.ndarray], names: Sequence[str], num
     if dead:
         yield f"The {what} never changes in {_some('episode', dead)}; remove what shows a robot at rest."
     counts = still.sum(0)
-    frozen = [f"{_label(names, d)} in {counts[d]}" for d in np.flatnonzero(counts > still.all(1).sum())]
+    frozen = [f"{label(names, d)} in {counts[d]}" for d in np.flatnonzero(counts > still.all(1).sum())]
     if frozen:
         yield f"The {what} has dimensions that stand still over whole episodes, of {len(still)}: {_listed(frozen)}."
 
@@ -173,9 +178,14 @@ def _jumps(what: str, episodes: Sequence[np.ndarray], names: Sequence[str], numb
         e, row, d = found[0]
         yield (
             f"Jumps of the {what}: {len(found)}, in {len({place[0] for place in found})} of {len(steps)} episodes, "
-            f"first in episode {numbers[e]} from row {row} to {row + 1}, {_label(names, d)}: {steps[e][row, d]:+.3g} "
+            f"first in episode {numbers[e]} from row {row} to {row + 1}, {label(names, d)}: {steps[e][row, d]:+.3g} "
             f"(rule: more than {JUMP:g} standard deviations of the change from row to row, here {scale[d]:.2g})."
         )
+
+
+def _losses(what: str, episodes: Sequence[np.ndarray], names: Sequence[str]) -> Iterator[str]:
+    table = tabulate(what, episodes)
+    yield from losses(what, names, table.stats, lambda: table.cut)
 
 
 def _far_actions(state: np.ndarray, action: np.ndarray, names: Sequence[str]) -> Iterator[str]:
@@ -183,15 +193,11 @@ def _far_actions(state: np.ndarray, action: np.ndarray, names: Sequence[str]) ->
     far = (action < 2 * low - high) | (action > 2 * high - low)
     share = far.mean(0)
     if far.any():
-        worst = [f"{_label(names, d)} {100 * share[d]:.1f}%" for d in np.argsort(-share) if share[d]]
+        worst = [f"{label(names, d)} {100 * share[d]:.1f}%" for d in np.argsort(-share) if share[d]]
         yield (
             "Actions lie outside the range of their states by more than its width (rule: below min - (max - min) or "
             f"above max + (max - min)), share of rows: {_listed(worst)}; are the units the same?"
         )
-
-
-def _label(names: Sequence[str], dimension: int) -> str:
-    return f"{dimension} ({names[dimension]})" if names else f"dimension {dimension}"
 
 
 def _some(what: str, numbers: Sequence[int]) -> str:

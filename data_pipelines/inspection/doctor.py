@@ -29,6 +29,7 @@ from data_pipelines.inspection.checks import (
     promised_frames,
     tabulate,
 )
+from data_pipelines.normalization import CLIP
 from data_pipelines.progress import Progress, finish_line
 from data_pipelines.readers.lerobot import LeRobotV21, LeRobotV30
 from data_pipelines.readers.opening import open_episodes
@@ -160,21 +161,24 @@ def _duration(seconds: float) -> str:
 
 def _tables(dataset: Episodes, episodes: Sequence[int]) -> Iterator[str]:
     tables = (
-        ("state", dataset.state_names, tabulate([dataset.states(episode) for episode in episodes])),
-        ("action", dataset.action_names, tabulate([dataset.actions(episode) for episode in episodes])),
+        ("state", dataset.state_names, tabulate("state", [dataset.states(episode) for episode in episodes])),
+        ("action", dataset.action_names, tabulate("action", [dataset.actions(episode) for episode in episodes])),
     )
     for what, names, table in tables:
         yield ""
-        yield from _table(what, names or [""] * len(table.mean), table)
+        yield from _table(what, names or [""] * len(table.frozen), table)
     yield f"frozen: share of the {len(episodes)} episodes in which the dimension does not change"
+    yield f"cut: share of the rows that a z-score cut at {CLIP:g} changes; lost: by how much at most"
 
 
 def _table(what: str, names: Sequence[str], table: Table) -> Iterator[str]:
     wide = max(len(what), *(len(name) + 3 for name in names))
-    yield f"{what:{wide}}" + "".join(f"{name:>11}" for name in ("min", "mean", "max", "std", "frozen"))
-    columns = zip(names, table.min, table.mean, table.max, table.std, table.frozen, strict=True)
-    for place, (name, *values, frozen) in enumerate(columns):
-        yield f"{f'{place:2} {name}':{wide}}" + "".join(f"{v:11.4g}" for v in values) + f"{frozen:11.0%}"
+    yield f"{what:{wide}}{'min':>11}{'mean':>11}{'max':>11}{'std':>11}{'frozen':>9}{'cut':>9}{'lost':>9}"
+    measured = (table.stats[name] for name in ("min", "mean", "max", "std"))
+    columns = zip(names, *measured, table.frozen, table.cut, table.lost, strict=True)
+    for place, (name, *values, frozen, cut, lost) in enumerate(columns):
+        numbers = "".join(f"{value:11.4g}" for value in values)
+        yield f"{f'{place:2} {name}':{wide}}{numbers}{frozen:9.0%}{cut:9.2%}{lost:9.3g}"
 
 
 def _speeds(dataset: Episodes, findings: Findings) -> Iterator[str]:

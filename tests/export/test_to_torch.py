@@ -30,8 +30,9 @@ from ahawam_jax.weights.tensors import WeightsError
 from ahawam_jax.weights.torch_file import write_torch
 from configs import robotwin
 from data_pipelines.canvas import CAMERAS
+from data_pipelines.normalization import Normalization, normalize
 from data_pipelines.statistics import FILE as STATISTICS
-from data_pipelines.statistics import NAMES, normalize, save_statistics
+from data_pipelines.statistics import NAMES, save_statistics
 from export import to_torch
 from export.exported import load_export
 from export.manifest import FILE as MANIFEST
@@ -50,9 +51,12 @@ TOLERANCE = 2e-5
 
 
 def statistics(config: ConfigDict) -> dict[str, dict[str, np.ndarray]]:
+    """Every rule has a number, in state and action."""
     widths = {"state": config.model.state_dim, "action": config.model.action_dim}
-    return {kind: {name: np.abs(normal(i, width)).astype(float) + i for i, name in enumerate(NAMES)}
-            for kind, width in widths.items()}  # fmt: skip
+    how = Normalization(state="0=quantile, 3=min-max", action="1=min-max, 2=quantile", clip=3.0)
+    near = dict(mean=0, std=1, min=-4, max=4, q01=-3, q99=3)
+    return {kind: {name: np.abs(normal(i, width)).astype(float) + near[name] for i, name in enumerate(NAMES)}
+            | how.of(kind, (), width) for kind, width in widths.items()}  # fmt: skip
 
 
 def import_random(config: ConfigDict, folder: Path, dtype: Any = np.float32) -> Path:
@@ -109,6 +113,9 @@ def test_export_is_the_checkpoint(demo: Path, exported: Path) -> None:
     """The whole folder, and the twin in it, which acts as the JAX policy does from a camera image to actions."""
     manifest = json.loads((exported / MANIFEST).read_text())
     assert set(manifest["files"]) == {MODEL, "config.json", STATISTICS}
+    assert manifest["normalization"] == (
+        "state z-score cut at 3 but 0 quantile and 3 min-max, action z-score cut at 3 but 1 min-max and 2 quantile"
+    )
     assert manifest["dtype"] == "float32" and manifest["vae"] is None and len(manifest["source"]["sha256"]) == 64
     assert set(manifest["parity"]) == {"arithmetic", "device", "planner", "router", "executor", "vae"}
     assert all(0 < manifest["parity"][name] <= TOLERANCE for name in ("planner", "router", "executor", "vae"))
@@ -139,7 +146,10 @@ def test_export_is_the_checkpoint(demo: Path, exported: Path) -> None:
         )  # fmt: skip
     assert_close([k.numpy(), v.numpy()], [x[:, :, 0] for x in (after.context.k, after.context.v)], TOLERANCE)
     stats = statistics(opened.config)["action"]
-    assert_close(got.numpy(), (want - stats["mean"]) / stats["std"], 5e-5)  # a whole chunk, then scaled and back
+    low, high = stats["min"][1], stats["max"][1]
+    middle = np.array([stats["mean"][0], (low + high) / 2, (stats["q01"][2] + stats["q99"][2]) / 2])
+    scale = np.array([stats["std"][0], (high - low) / 2, (stats["q99"][2] - stats["q01"][2]) / 2])
+    assert_close(got.numpy(), (want - middle) / scale, 5e-5)  # a whole chunk, then scaled and back
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])

@@ -13,6 +13,7 @@ import torch
 
 from ahawam_jax.towers.latents import make_canvas
 from data_pipelines.canvas import CAMERAS
+from data_pipelines.normalization import normalize
 from data_pipelines.readers.opening import open_episodes
 from export import validate
 from export.checks import subject
@@ -177,7 +178,7 @@ def test_recorded_samples_are_what_the_policy_sees(robotwin_export: Path, datase
     assert first.frames.shape[1:] == (size[0] + size[0] // 2, size[1], 3) and first.start == 0
     assert first.positions.tolist() == [0] and samples[1].start == model.chunk
     stats = export.statistics["state"]
-    np.testing.assert_allclose(first.state, (episodes.states(0)[0] - stats["mean"]) / (stats["std"] + 1e-8), rtol=1e-3)
+    np.testing.assert_array_equal(first.state, normalize(episodes.states(0)[0], stats))
     text, mask = export.text_tower.tokens(INSTRUCTIONS[1])  # of the first episode
     np.testing.assert_array_equal(first.text, text)
     np.testing.assert_array_equal(first.mask, mask)

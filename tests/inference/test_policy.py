@@ -12,16 +12,25 @@ from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.sampling import denoise
 from ahawam_jax.towers.stand_ins import BlockTransform, HashedWords
+from data_pipelines.normalization import Normalization
 from tests.tiny_config import get_config
 from tests.tiny_model import random_params
 
 CONFIG = get_config()
 MODEL = AhaWam(ModelConfig.create(CONFIG.model))
 EPISODES = 2
+HOW = Normalization(state="0=quantile", action="2=min-max")
+# Whatever the rule, a state is normalised by (x - place) / 2 and an action by (x - place) / 0.5.
 STATISTICS = {
-    "state": {"mean": np.arange(5.0), "std": np.full(5, 2.0)},
-    "action": {"mean": np.arange(3.0), "std": np.full(3, 0.5)},
-}
+    "state": {
+        "mean": np.array([70.0, 1, 2, 3, 4]), "std": np.array([9.0, 2, 2, 2, 2]),
+        "min": np.full(5, -9.0), "max": np.full(5, 9.0), "q01": np.full(5, -2.0), "q99": np.full(5, 2.0),
+    } | HOW.of("state", (), 5),
+    "action": {
+        "mean": np.array([0, 1, -30.0]), "std": np.array([0.5, 0.5, 9]),
+        "min": np.full(3, 1.5), "max": np.full(3, 2.5), "q01": np.zeros(3), "q99": np.ones(3),
+    } | HOW.of("action", (), 3),
+}  # fmt: skip
 PARAMS = random_params(MODEL.config)
 
 

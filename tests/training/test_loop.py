@@ -17,6 +17,7 @@ from ahawam_jax.checkpoints import CheckpointError, Checkpoints
 from ahawam_jax.inference.policy import Policy
 from ahawam_jax.training.loop import Log, train
 from data_pipelines.disk import DiskError
+from data_pipelines.normalization import Normalization
 from data_pipelines.ownership import OwnedError, owned
 from data_pipelines.readers.robocoin import LAYOUTS
 from data_pipelines.readers.subset import load_subset, open_subset
@@ -207,15 +208,17 @@ def test_a_mixture_of_robots(config: ConfigDict, tmp_path: Path, capsys: pytest.
     config.data.path = str(subset(tmp_path, "a", "b", "b", unfit=seven))
     config.model.update(action_dim=14, state_dim=14)
     config.train.steps = 1
+    config.data.normalization.action, config.data.clip = "left_gripper_open_scale=min-max", 1.0
     assert np.isfinite(train(config, tmp_path / "run"))
     out = capsys.readouterr().out
+    assert "warning: robot 'b': Normalised, the action is cut at 1: " in out
     assert "skipping unfit: " in out and "lacks left_arm_joint_7_rad" in out and "9 episodes of 3 datasets" in out
     with pytest.raises(ValueError, match="statistics of the robots 'a', 'b', none was chosen; name one of them"):
         Policy.load(tmp_path / "run")
     with pytest.raises(ValueError, match="not of 'c'"):
         Policy.load(tmp_path / "run", "c")
     opened, _ = open_subset(load_subset(config.data.path))
-    expected = compute_by_robot(opened.values())
+    expected = compute_by_robot(opened.values(), Normalization(action="6=min-max", clip=1.0))
     for robot in "ab":
         policy = Policy.load(tmp_path / "run", robot)
         for kind in ("state", "action"):
