@@ -11,7 +11,7 @@ import sys
 
 from absl import logging
 
-from ahawam_jax.evaluation.rollouts import HEADER, policy_actor, roll_out
+from ahawam_jax.evaluation.rollouts import policy_actor, roll_out, table
 from data_pipelines.paths import local_path
 from export.runtime import DeployedPolicy
 
@@ -38,6 +38,5 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(", ".join(f"{graph}: {backend}" for graph, backend in policy.backends.items()))
-    print(HEADER)
-    print(result.row())
+    print(table([result]))
     return 0

@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ahawam_jax.commands.flags import CONFIG, WORKDIR, require, run_with_flags
-from ahawam_jax.evaluation.rollouts import HEADER, Actor, Result, policy_actor, roll_out
+from ahawam_jax.evaluation.rollouts import Actor, Result, policy_actor, roll_out, table
 from ahawam_jax.inference.policy import Policy
 from ahawam_jax.models.aha_wam import init
 from ahawam_jax.training.loop import Interrupted, train
@@ -50,7 +50,7 @@ def _demo(argv: list[str]) -> None:
         sys.exit(str(stop))
     report = [f"open-loop error on held-out demonstrations: {error:.4f} standard deviations of the actions"]
     if not problem:
-        report = [HEADER, *(result.row() for result in evaluate(config, workdir)), "", *report]
+        report = [table(evaluate(config, workdir)), "", *report]
     report.append(
         f"minutes: record {(recorded - began) / 60:.1f}, train {(trained - recorded) / 60:.1f}, "
         f"evaluate {(time.monotonic() - trained) / 60:.1f}"
@@ -89,7 +89,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> list[Result]:
     results = []
     for name, actor, refresh_every in rows:
         results.append(roll_out(name, TASK, seeds, actor, PROCESSES, folder, refresh_every))
-        print(results[-1].row(), flush=True)
+        print(f"{name}: {results[-1].success.sum()}/{EPISODES} succeed", flush=True)
     return results
 
 

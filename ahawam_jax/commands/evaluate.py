@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)
-    from ahawam_jax.evaluation.rollouts import HEADER, policy_actor, roll_out
+    from ahawam_jax.evaluation.rollouts import policy_actor, roll_out, table
     from ahawam_jax.inference.policy import Policy
 
     names = ("refresh_every", "steps", "execute", "memory", "routing")
@@ -53,5 +53,4 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    print(HEADER)
-    print(result.row())
+    print(table([result]))

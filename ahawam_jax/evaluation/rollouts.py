@@ -5,20 +5,21 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
-from PIL import Image
 
+from ahawam_jax.evaluation.films import write_sheet, write_video
 from ahawam_jax.inference.policy import Policy
 from data_pipelines.progress import Progress
 from data_pipelines.simulation.env import EPISODE_STEPS, FPS, INSTRUCTIONS
 from data_pipelines.simulation.parallel import ParallelSims
 
-FILMED = 8  # episodes in the video and the contact sheet
+FILMED = 6  # episodes in the video and the contact sheet
 RECORD_EVERY = 4  # control steps between two frames of the video
-SHEET_COLUMNS = 8  # moments of an episode on the contact sheet
+MOMENTS = 6  # of an episode on the contact sheet
+COLUMNS = ("policy", "success", "rate", "95% interval", "held at the end", "chunk latency", "refreshes/s")
 
 Observation = tuple[np.ndarray, Mapping[str, np.ndarray]]
 
@@ -42,21 +43,25 @@ class Result:
     chunk_ms: float  # mean wall time of one executor call for the whole batch, planner refresh included
     refreshes_per_second: float  # planner refreshes of one episode per second of robot time
 
-    def row(self) -> str:
-        """One line of a markdown table."""
+    def cells(self) -> tuple[str, ...]:
+        """One for each of COLUMNS."""
         count, trials = int(self.success.sum()), len(self.success)
         low, high = wilson(count, trials)
-        speed = f"{self.chunk_ms:.0f} ms | {self.refreshes_per_second:.1f}" if self.chunk_ms else "- | -"
+        speed = (f"{self.chunk_ms:.0f} ms", f"{self.refreshes_per_second:.1f}") if self.chunk_ms else ("-", "-")
         return (
-            f"| {self.name} | {count}/{trials} | {count / trials:.0%} | {low:.0%} - {high:.0%} | "
-            f"{int(self.held.sum())}/{trials} | {speed} |"
-        )
+            self.name, f"{count}/{trials}", f"{count / trials:.0%}", f"{low:.0%} - {high:.0%}",
+            f"{int(self.held.sum())}/{trials}", *speed,
+        )  # fmt: skip
 
 
-HEADER = (
-    "| policy | success | rate | 95% interval | held at the end | chunk latency | refreshes/s |\n"
-    "|---|---|---|---|---|---|---|"
-)
+def table(results: Sequence[Result]) -> str:
+    """A markdown table whose columns are aligned, names to the left and numbers to the right."""
+    rows = [COLUMNS, *(result.cells() for result in results)]
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join([row[0].ljust(wide[0]), *map(str.rjust, row[1:], wide[1:])]) + " |" for row in rows]
+    rule = "|".join(["", "-" * (wide[0] + 2), *("-" * (width + 1) + ":" for width in wide[1:]), ""])
+    return "\n".join([lines[0], rule, *lines[1:]])
+
 
 Actor = Callable[[Observation], np.ndarray]  # observation of N episodes -> actions to run, [N, T, 14]
 
@@ -67,10 +72,11 @@ def roll_out(
 ) -> Result:  # fmt: skip
     """Runs one episode per seed in lockstep, T actions at a time, until the episodes end.
 
-    folder: where to write `<name>.mp4` and `<name>.png` of the first episodes; None writes nothing.
+    folder: where to write `<name>.mp4` and `<name>.png` of FILMED episodes, spread over the seeds; None: nowhere.
     refresh_every: calls per planner refresh, for the table.
     """
-    film = range(min(FILMED, len(seeds))) if folder else ()
+    # Spread, so that the workers share the drawing.
+    film = np.linspace(0, len(seeds) - 1, min(FILMED, len(seeds))).round().astype(int).tolist() if folder else []
     latencies, run, actions = [], 0, None
     progress = Progress(EPISODE_STEPS, f"steps of {len(seeds)} episodes, {name}", stream=sys.stderr)
     with ParallelSims(task, seeds, processes, film=film) as sims:
@@ -90,8 +96,12 @@ def roll_out(
         if folder:
             frames = [np.stack(sims.films[i]) for i in film]
             stem = name.lower().replace(" ", "_").replace(",", "")
-            write_video(folder / f"{stem}.mp4", frames)
-            write_sheet(folder / f"{stem}.png", frames, result.success)
+            write_video(folder / f"{stem}.mp4", frames, Fraction(FPS, RECORD_EVERY))
+            moments = np.linspace(0, len(frames[0]) - 1, MOMENTS).round().astype(int)
+            write_sheet(
+                folder / f"{stem}.png", [episode[moments] for episode in frames],
+                [f"seed {seeds[i]}" for i in film], result.success[film], (moments + 1) * RECORD_EVERY / FPS,
+            )  # fmt: skip
     return result
 
 
@@ -108,36 +118,3 @@ def policy_actor(policy: Policy, task: str, episodes: int, blank: bool = False) 
         return actions[:, : policy.config.execute]
 
     return act
-
-
-def write_video(path: Path, episodes: list[np.ndarray]) -> None:
-    """Episodes uint8 [frames, h, w, 3] side by side in a grid, as h264."""
-    columns = math.ceil(math.sqrt(len(episodes)))
-    rows = math.ceil(len(episodes) / columns)
-    length, height, width, _ = episodes[0].shape
-    grid = np.zeros((length, rows, height, columns, width, 3), np.uint8)
-    for i, episode in enumerate(episodes):
-        grid[:, i // columns, :, i % columns] = episode
-    grid = grid.reshape(length, rows * height, columns * width, 3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("h264", rate=round(FPS / RECORD_EVERY))
-        stream.height, stream.width, stream.pix_fmt = grid.shape[1], grid.shape[2], "yuv420p"
-        for frame in grid:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def write_sheet(path: Path, episodes: list[np.ndarray], success: np.ndarray) -> None:
-    """One row per episode, moments from left to right, framed green on success and red on failure."""
-    border, scale = 4, 2
-    rows = []
-    for episode, solved in zip(episodes, success, strict=False):
-        moments = episode[np.linspace(0, len(episode) - 1, SHEET_COLUMNS).round().astype(int)]
-        row = np.concatenate([frame[::scale, ::scale] for frame in moments], 1)
-        colour = np.array((40, 160, 60) if solved else (200, 40, 40), np.uint8)
-        framed = np.broadcast_to(colour, (row.shape[0] + 2 * border, row.shape[1] + 2 * border, 3)).copy()
-        framed[border:-border, border:-border] = row
-        rows.append(framed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(rows)).save(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
-from data_pipelines.simulation.rendering import POINTS, PointRenderer, Renderer, check_rendering
+from data_pipelines.simulation.rendering import POINTS, FilmRenderer, PointRenderer, Renderer, check_rendering
 
 FPS = 25
 EPISODE_STEPS = 155  # 6.2 s
@@ -36,9 +36,13 @@ _OBJECT_RANGES = {
 _START_POSE = np.array([0, -0.96, 1.16, 0, -0.3, 0, 0.02239, -0.02239] * 2)
 _FINGER_CLOSED, _FINGER_OPEN = 0.01844, 0.058  # metres, finger slide at gripper 0 and at gripper 1
 _LARGEST_IMAGE = (480, 640)  # height, width in pixels of the drawing buffer
+FILM_SIZE = (240, 480)  # height, width in pixels of a film's frames
 # Vertical fields of view in degrees. The scene's 78 of the top camera are half floor, its 20 of the wrists show
 # little more than the fingertips.
-_FOVY = {"top": 44.0, "left_wrist": 60.0, "right_wrist": 60.0}
+_FOVY = {"top": 44.0, "left_wrist": 60.0, "right_wrist": 60.0, "angle": 26.5}
+# A camera of the scene that no policy sees films from where both arms are whole: in front of the table, above it.
+_FILM_CAMERA, _FILM_PLACE, _FILM_TARGET = "angle", (0.0, -1.15, 1.02), "midair"
+_PAINT = {"vx300s_left": (0.33, 0.47, 0.66), "vx300s_right": (0.80, 0.52, 0.24), "table": (0.30, 0.31, 0.33)}
 
 # Which state numbers are arm angles and grippers, and where their joints lie in MuJoCo's qpos and ctrl.
 _ARM_STATE = np.array([*range(6), *range(7, 13)])
@@ -70,6 +74,8 @@ def load_model(task: str) -> mujoco.MjModel:
     model = mujoco.MjModel.from_xml_path(str(scene_file(task)))
     for camera, degrees in _FOVY.items():
         model.cam_fovy[model.camera(camera).id] = degrees
+    film = model.camera(_FILM_CAMERA)
+    film.pos[:], film.targetbodyid[:] = _FILM_PLACE, model.body(_FILM_TARGET).id
     model.vis.quality.shadowsize = 0
     model.vis.quality.offsamples = 0
     return model
@@ -84,6 +90,13 @@ def _renderer(task: str) -> Renderer | PointRenderer:
         return Renderer(load_model(task), *_LARGEST_IMAGE)
     except Exception as error:  # whatever a missing or broken driver raises
         raise RuntimeError(check_rendering() or f"MuJoCo cannot draw: {error}") from error
+
+
+@functools.cache
+def _film_renderer(task: str) -> Renderer | PointRenderer:
+    if isinstance(_renderer(task), PointRenderer):
+        return _renderer(task)
+    return FilmRenderer(load_model(task), *FILM_SIZE, _PAINT)
 
 
 class AlohaSim:
@@ -163,6 +176,10 @@ class AlohaSim:
     def render(self, camera: str, size: tuple[int, int]) -> np.ndarray:
         """One view of now at `size` (height, width), at most 480x640: uint8 [height, width, 3] RGB."""
         return _renderer(self.task).draw(self.data, CAMERAS[camera], size)
+
+    def film(self) -> np.ndarray:
+        """Both arms from in front, for people: uint8 [240, 480, 3] RGB."""
+        return _film_renderer(self.task).draw(self.data, _FILM_CAMERA, FILM_SIZE)
 
     def reward(self) -> int:
         """The reward of stock gym-aloha, 0..4, of the present contacts."""

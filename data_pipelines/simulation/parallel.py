@@ -20,8 +20,6 @@ from data_pipelines.processes import WorkerError, ending, out_of_reach_of_ctrl_c
 from data_pipelines.simulation.env import AlohaSim, scene_file
 from data_pipelines.simulation.rendering import check_rendering
 
-FILM_SIZE = (240, 480)  # height, width in pixels of the frames of rollout videos
-
 
 class ParallelSims:
     """One environment per seed, spread over worker processes that end with this object or its process.
@@ -34,7 +32,7 @@ class ParallelSims:
 
     Attributes:
         success, held: bool [N], as in `AlohaSim`, after the latest `run`.
-        films: {number: list of uint8 [240, 480, 3] frames of cam_high}.
+        films: {number: list of uint8 [240, 480, 3] frames, see `AlohaSim.film`}.
     """
 
     def __init__(
@@ -69,7 +67,7 @@ class ParallelSims:
     def run(self, actions: np.ndarray, record_every: int | None = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Execute `actions` [N, T, 14] and return what `observe` then sees.
 
-        With `record_every` the frame after every so many actions is added to `films`.
+        With `record_every` the frame after every so many actions, counted from the start, is added to `films`.
         """
         actions = np.asarray(actions, np.float64)
         count = sum(map(len, self._groups))
@@ -148,14 +146,15 @@ def _work(descriptor: int) -> None:
         sims = [AlohaSim(task, image_sizes) for _ in seeds]
         for sim, seed in zip(sims, seeds, strict=True):
             sim.reset(seed)
-        actions, record_every = np.empty((len(sims), 0, 14)), None
+        actions, record_every, taken = np.empty((len(sims), 0, 14)), None, 0
         while True:
             films: dict[int, list[np.ndarray]] = {i: [] for i in filmed}
             for i, sim in enumerate(sims):
-                for step, action in enumerate(actions[i], start=1):
+                for step, action in enumerate(actions[i], start=taken + 1):
                     sim.step(action)
                     if record_every and i in films and step % record_every == 0:
-                        films[i].append(sim.render("cam_high", FILM_SIZE))
+                        films[i].append(sim.film())
+            taken += actions.shape[1]
             views = [sim.images() for sim in sims]
             connection.send(
                 (

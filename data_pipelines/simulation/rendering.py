@@ -1,13 +1,16 @@
 """Off-screen drawing of MuJoCo scenes without a display, as fast as a CPU allows."""
 
+import copy
 import functools
 import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 
 import mujoco
 import numpy as np
+from PIL import Image
 
 POINTS = "points"  # value of MUJOCO_GL that chooses `PointRenderer`
 _BACKENDS = ("egl", "osmesa")  # in the order tried
@@ -15,6 +18,9 @@ _PACKAGES = {
     "egl": "libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0",
     "osmesa": "libosmesa6",
 }
+_FINER = 2  # times as many pixels each way are drawn for a film, and averaged
+_SHADOW = 1024  # side of its shadow map in pixels
+_BACKDROP = (246, 214)  # grey above and below
 _PROBE = """
 import mujoco
 from data_pipelines.simulation.rendering import Renderer
@@ -82,6 +88,12 @@ class Renderer:
 
     def draw(self, data: mujoco.MjData, camera: str | int, size: tuple[int, int]) -> np.ndarray:
         """What `camera` sees, uint8 [height, width, 3] RGB; `size` is (height, width) in pixels."""
+        return self._draw(data, camera, size, None)
+
+    def _draw(
+        self, data: mujoco.MjData, camera: str | int, size: tuple[int, int], depth: np.ndarray | None
+    ) -> np.ndarray:
+        """`draw`; the depth buffer, 1 where there is nothing, goes to `depth` float32 [height, width], from below."""
         height, width = size
         if not (0 < height <= self._size[0] and 0 < width <= self._size[1]):
             raise ValueError(
@@ -98,8 +110,37 @@ class Renderer:
         view = mujoco.MjrRect(0, 0, width, height)
         mujoco.mjr_render(view, self._scene, self._context)
         image = np.empty((height, width, 3), np.uint8)
-        mujoco.mjr_readPixels(image, None, view, self._context)
+        mujoco.mjr_readPixels(image, depth, view, self._context)
         return image[::-1].copy()  # OpenGL counts rows from below
+
+
+class FilmRenderer(Renderer):
+    """Draws for people: the arms' meshes, shadows, smooth edges, a light backdrop; ten times as slow.
+
+    paint: colours (red, green, blue, 0..1) of the geoms whose names begin so.
+    """
+
+    def __init__(
+        self, model: mujoco.MjModel, height: int, width: int, paint: Mapping[str, tuple[float, float, float]]
+    ) -> None:
+        model = copy.copy(model)  # what a policy sees keeps its colours
+        for geom in range(model.ngeom):
+            for name, colour in paint.items():
+                if model.geom(geom).name.startswith(name):
+                    model.geom_rgba[geom, :3] = colour
+        model.vis.quality.shadowsize = _SHADOW
+        super().__init__(model, _FINER * height, _FINER * width)
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = True
+        self._option.flags[mujoco.mjtVisFlag.mjVIS_CONVEXHULL] = False
+
+    def draw(self, data: mujoco.MjData, camera: str | int, size: tuple[int, int]) -> np.ndarray:
+        """As `Renderer.draw`."""
+        height, width = size[0] * _FINER, size[1] * _FINER
+        depth = np.empty((height, width), np.float32)
+        image = self._draw(data, camera, (height, width), depth)
+        backdrop = np.linspace(*_BACKDROP, height).round().astype(np.uint8)[:, None, None]
+        image = np.where(depth[::-1, :, None] < 1, image, backdrop)
+        return np.asarray(Image.fromarray(image).reduce(_FINER))
 
 
 class PointRenderer:

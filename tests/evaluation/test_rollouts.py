@@ -1,5 +1,6 @@
 """Success intervals, videos, and a closed loop with the scripted expert."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -9,7 +10,8 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from ahawam_jax.commands import evaluate
-from ahawam_jax.evaluation.rollouts import HEADER, Result, roll_out, wilson, write_sheet, write_video
+from ahawam_jax.evaluation.films import CAPTION, GAP, MARGIN, TILE, write_sheet, write_video
+from ahawam_jax.evaluation.rollouts import Result, roll_out, table, wilson
 from data_pipelines.simulation.rendering import check_rendering
 
 needs_drawing = pytest.mark.skipif(check_rendering() is not None, reason=str(check_rendering()))
@@ -21,24 +23,34 @@ def test_wilson_equals_scipy(successes: int, trials: int) -> None:
     assert wilson(successes, trials) == pytest.approx((expected.low, expected.high), abs=1e-7)
 
 
-def test_row_fits_the_header() -> None:
+def test_table_is_aligned_and_markdown() -> None:
     success, held = np.array([True, True, False, True]), np.array([True, False, False, True])
-    row = Result("x", success, held, 12.0, 1.5).row()
-    assert row.count("|") == HEADER.splitlines()[0].count("|")
-    assert "| 3/4 | 75% | 30% - 95% | 2/4 | 12 ms | 1.5 |" in row
+    lines = table([Result("x", success, held, 12.0, 1.5), Result("a longer name", held, held, 0.0, 0.0)]).splitlines()
+    assert len({len(line) for line in lines}) == 1 and len({line.count("|") for line in lines}) == 1
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
+        "x", "3/4", "75%", "30% - 95%", "2/4", "12 ms", "1.5"
+    ]  # fmt: skip
+    assert lines[1].startswith("|-") and lines[1].endswith("-:|") and lines[3].endswith(" - |           - |")
 
 
 def test_video_and_sheet(tmp_path: Path) -> None:
     episodes = [np.full((9, 48, 96, 3), 60 * i, np.uint8) for i in range(3)]
-    write_video(tmp_path / "v.mp4", episodes)
+    write_video(tmp_path / "v.mp4", episodes, Fraction(25, 4))
     with av.open(str(tmp_path / "v.mp4")) as container:
+        assert container.streams.video[0].average_rate == Fraction(25, 4)
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert len(frames) == 9 and frames[0].shape == (96, 192, 3)
-    assert abs(int(frames[0][24, 144, 0]) - 60) < 8 and abs(int(frames[0][72, 48, 0]) - 120) < 8
-    write_sheet(tmp_path / "s.png", episodes, np.array([True, False, True]))
+    assert len(frames) == 9 and frames[0].shape == (2 * (48 + GAP) + GAP, 2 * (96 + GAP) + GAP, 3)
+    centres = [frames[0][GAP + 24 + 56 * row, GAP + 48 + 104 * column, 0] for row, column in ((0, 1), (1, 0), (1, 1))]
+    assert np.abs(np.array(centres, int) - [60, 120, 255]).max() < 8
+    assert frames[0][GAP + 24, GAP + 96 + GAP // 2].min() > 240  # between two frames
+    moments = [episode[:4] for episode in episodes]
+    write_sheet(tmp_path / "s.png", moments, ["a", "b", "c"], [True, False, True], [0, 1, 2, 3])
     sheet = np.asarray(Image.open(tmp_path / "s.png"))
-    assert sheet.shape == (3 * (24 + 8), 8 * 48 + 8, 3)
-    assert sheet[0, 0, 1] > sheet[0, 0, 0] and sheet[33, 0, 0] > sheet[33, 0, 1]  # green, then red
+    assert sheet.shape == (CAPTION + 3 * (TILE // 2 + GAP), MARGIN + 4 * (TILE + GAP), 3)
+    bars = sheet[[CAPTION + 80, CAPTION + 80 + TILE // 2 + GAP], MARGIN - GAP - 2].astype(int)
+    assert bars[0, 1] > bars[0, 0] + 50 and bars[1, 0] > bars[1, 1] + 50  # green, then red
+    assert (sheet[CAPTION + 80, MARGIN + TILE : MARGIN + TILE + GAP] == 255).all()
+    assert (sheet[CAPTION + TILE // 2 : CAPTION + TILE // 2 + GAP, MARGIN:] == 255).all()
 
 
 @needs_drawing
