@@ -273,6 +273,22 @@ def test_gripper_that_opens_at_once() -> None:
     assert Recorded(states, wave()).warnings() == []
 
 
+def test_command_given_in_few_rows() -> None:
+    """A gripper that closes in 4 of 300 rows: on the page, how many rows are cut and how far they come back."""
+    actions = wave() + 0.01
+    actions[:, :, 1] = 0
+    actions[:, 100:104, 1] = 1
+    (warning,) = Recorded(wave(), actions).warnings()
+    share = 4 / 300
+    kept = share + 5 * np.sqrt(share * (1 - share))
+    assert f"1 (gripper) in 1.3% of the rows, where 1 comes back as {kept:.4g}, {1 - kept:.3g} off" in warning
+    assert '--config.data.normalization.action="gripper=min-max"' in warning
+    table = doctor_checks.tabulate("action", list(actions.astype(np.float32)))
+    rows = [line.split() for line in doctor._table("action", Recorded.state_names, table)]
+    assert rows[0][-3:] == ["frozen", "cut", "lost"]
+    assert rows[1][-2:] == ["0.00%", "0"] and rows[2][-2:] == ["1.33%", f"{1 - kept:.3g}"]
+
+
 def test_actions_in_other_units() -> None:
     (warning,) = Recorded(wave(), np.degrees(wave())).warnings()
     assert "outside the range of their states" in warning and "are the units the same?" in warning
