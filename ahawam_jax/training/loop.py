@@ -337,4 +337,4 @@ def _banner(config: ConfigDict, model: AhaWam, data: Data, mesh: jax.sharding.Me
         flush=True,
     )
     for sentence in describe_losses(datasets, data.statistics):
-        print(f"warning: {sentence}", flush=True)
+        say(f"warning: {sentence}")
