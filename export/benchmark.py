@@ -11,8 +11,9 @@ On a fresh GPU machine with PyTorch >= 2.11, JAX >= 0.11 and Python 3.12, from t
 
 L_chunk is from what a robot sends, on the host, to actions on the host; L_prefill from latents to keys and values in
 the memory. By the paper's protocol the first of several episodes is discarded and means of episodes are averaged; p50
-and p99 are over all calls. All ways alternate, call by call. The floor of a stage is the bytes of its weights and of
-the keys and values that it touches over what a large copy moves on this device, both counted and measured here.
+and p99 are over all calls. All ways in PyTorch alternate, call by call; the JAX policy follows. The floor of a stage
+is the bytes of its weights and of the keys and values that it touches over what a large copy moves on this device,
+both counted and measured here.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from export.measure.streams import CHUNKS_PER_SECOND, measure_streams
 CALLS, REFRESH_EVERY = 8, 2  # chunks of an episode, chunks a refresh
 TIMES_FLOOR, TIMES_FASTER = 1.6, 15  # the goals for the longest loop
 EAGER, COMPILED, GRAPH, BEST = "eager", "compiled", "CUDA graph", "compiled + CUDA graph"
-RELEASED, RELEASED_COMPILED, JAX = "released way, eager", "released way, compiled", "JAX"
+RELEASED, RELEASED_COMPILED = "released way, eager", "released way, compiled"
 
 # Each rung is the one before with one change: its name, how it makes a chunk, and how it refreshes.
 LADDER = (
@@ -232,6 +233,16 @@ def tables(
     return {"ladder": ladder, "refresh": modes, "steps": steps}
 
 
+def jax_rows(
+    chunks: dict[int, Latency], refreshes: dict[str, Latency], floors: dict[str, int], bandwidth: float
+) -> list[dict[str, Any]]:
+    """Latencies of the JAX policy by number of steps, and of its refresh."""
+    floor = {n: chunk_bytes(floors, n) / 1e6 / bandwidth for n in chunks}
+    rows = [{"what": f"chunk, {n} steps", **cells("latency", took, floor[n])} for n, took in chunks.items()]
+    plan = floors["planner refresh"] / 1e6 / bandwidth
+    return rows + [{"what": name, **cells("latency", took, plan)} for name, took in refreshes.items()]
+
+
 def written(value: Any) -> str:
     """A cell."""
     if value is None:
@@ -299,13 +310,6 @@ def benchmark(models: Models, mode: str, repeats: int, with_jax: bool, profiled:
     want_plan = refreshes[RELEASED](latents, 0)
     for way, refresh in refreshes.items():
         agreement[way] = 1.0 if way == RELEASED else cosine(refresh(latents, 0), want_plan)
-    if with_jax:
-        from export.measure.jax_ways import jax_ways
-
-        jax_chunks, refreshes[JAX] = jax_ways(models, steps)
-        chunks |= {(JAX, n): chunk for n, chunk in jax_chunks.items()}
-        agreement |= {(JAX, n): None for n in steps} | {JAX: None}  # other weights
-
     found: dict[str, list[dict[str, Any]]] = {}
 
     def show(title: str, name: str, rows: list[dict[str, Any]]) -> None:
@@ -316,10 +320,16 @@ def benchmark(models: Models, mode: str, repeats: int, with_jax: bool, profiled:
     show(f"Ladder, {steps[-1]} steps (Table 8)", "ladder", made["ladder"])
     show("Planner refresh (Table 9)", "refresh", made["refresh"])
     show("Steps of the executor (Table 11)", "steps", made["steps"])
+    show("Stages by themselves, on the device", "stages", measure_stages(ways, floors, bandwidth, repeats))
+    if with_jax:
+        from export.measure.jax_ways import jax_ways  # starts a JAX backend, which --no-jax avoids
+
+        jax_chunks, plan = jax_ways(models, steps)
+        measured = measure(jax_chunks, {"refresh": plan}, calls, latents, repeats)
+        show("The JAX policy, random weights of its own", "jax", jax_rows(*measured, floors, bandwidth))
     if on_gpu:
         rows = measure_streams(ways, steps[-1], calls, 4 * repeats)
         show(f"A chunk of {steps[-1]} steps beside refreshes, {CHUNKS_PER_SECOND:g} chunks a second", "streams", rows)
-    show("Stages by themselves, on the device", "stages", measure_stages(ways, floors, bandwidth, repeats))
     reached = goals(found["ladder"], steps[-1])
     print("\n".join(reached))
     if profiled:

@@ -278,7 +278,11 @@ class DeployedPolicy:
             self._say(f"{name} without a CUDA graph: capturing it failed ({str(error).splitlines()[0]}).")
             return run
         self.backends |= {x: "CUDA graph" for x in graphs if x not in self._engines}
-        return graph.replay
+
+        def replay(_: Callable[[], None] = run) -> None:  # engines and tensors that only `run` holds must live on
+            graph.replay()
+
+        return replay
 
     @staticmethod
     def _on(stream: Any) -> Any:

@@ -50,9 +50,9 @@ class Captured:
 
     def __init__(self, run: Callable[..., Any], *inputs: Tensor, priority: int = 0):
         """inputs: become the graph's own, and are read where they are.  priority: of its kernels; -1 goes first."""
-        self.inputs, self.graph = inputs, None
+        self.run, self.inputs, self.graph = run, inputs, None  # the graph reads what `run` holds: it must live on
         if inputs[0].device.type != "cuda":
-            self.run, self.outputs = run, run(*inputs)
+            self.outputs = run(*inputs)
             return
         stream = torch.cuda.Stream(priority=priority)
         stream.wait_stream(torch.cuda.current_stream())
