@@ -24,10 +24,10 @@ def parts(out: Path, reference: Path, memory_gib: float) -> dict[str, tuple[int,
     """Name -> (seconds it may take, arguments of python)."""
     layers = [] if memory_gib > GIB_FOR_ALL_LAYERS else ["--layers", "16"]
     return {
-        "verify": (100, ["-m", "ahawam_jax", "verify", str(reference)]),
-        "latency": (340, ["-m", "ahawam_jax", "benchmark", "--steps", "1", "2", "10", "--repeats", "16", "--profile",
+        "verify": (240, ["-m", "ahawam_jax", "verify", str(reference)]),
+        "latency": (385, ["-m", "ahawam_jax", "benchmark", "--steps", "2", "10", "--repeats", "16", "--profile",
                           "--out", str(out / "latency.json")]),
-        "train": (160, ["-m", "benchmarks.train_step", "--batch", "4", "8", *layers,
+        "train": (180, ["-m", "benchmarks.train_step", "--batch", "8", *layers,
                         "--out", str(out / "train.json")]),
         "slow_stream": (60, ["-m", "benchmarks.slow_stream", "--repeats", "20"]),
     }  # fmt: skip
