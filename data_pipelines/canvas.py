@@ -52,10 +52,14 @@ class Canvas:
         if missing:
             raise ValueError(f"the canvas needs the cameras {', '.join(self.cameras)}; missing: {', '.join(missing)}.")
         for name in self.cameras:
-            if views[name].dtype != np.uint8 or views[name].ndim < 3 or views[name].shape[-1] != 3:
+            view = views[name]
+            if not isinstance(view, np.ndarray):
                 raise ValueError(
-                    f"camera {name}: expected uint8 [..., height, width, 3], got {views[name].dtype} "
-                    f"{list(views[name].shape)}."
+                    f"camera {name}: expected a numpy array [..., height, width, 3], got {type(view).__name__}."
+                )
+            if view.dtype != np.uint8 or view.ndim < 3 or view.shape[-1] != 3:
+                raise ValueError(
+                    f"camera {name}: expected uint8 [..., height, width, 3], got {view.dtype} {list(view.shape)}."
                 )
             if views[name].shape[:-3] != views[HEAD].shape[:-3]:
                 raise ValueError(

@@ -8,10 +8,15 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from data_pipelines.disk import writing
+from data_pipelines.ownership import owned
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -20,6 +25,31 @@ MODEL, VAE, CONFIG, TEXT = "model.safetensors", "vae.safetensors", "config.json"
 
 class ExportError(ValueError):
     """An export that cannot be made or used; the message says which, what was expected and what to do."""
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yields a folder to write to, which gets the name `out` when the block ends and is removed if it fails.
+
+    Raises ExportError if `out` exists, OwnedError if another process is writing it, DiskError if it finds no room.
+    """
+    safe = "Nothing of it is kept, and what it is made of is as it was: the same command starts anew."
+    with owned(out.parent, out.name), writing(out, safe):
+        require_new(out)
+        partial = out.with_name(f".{out.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        partial.mkdir()
+        try:
+            yield partial
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_new(out: Path) -> None:
+    """Raises ExportError if `out` exists."""
+    if out.exists():
+        raise ExportError(f"{out} exists; remove it or give another --out, nothing is overwritten.")
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ahawam_jax.inference.policy import PolicyConfig, checked_state, chunk_start
+from ahawam_jax.inference.policy import PolicyConfig, checked_instructions, checked_observation, chunk_start
 from ahawam_jax.towers.latents import make_canvas
 from data_pipelines.normalization import denormalize, normalize
 from export.engines.engine import Engine, Engines, current_gpu, open_engines
@@ -105,6 +105,7 @@ class DeployedPolicy:
     # ------------------------------------------------------------------------------------------------- the interface
     def start(self, instructions: Sequence[str]) -> DeployedState:
         """State of a batch of new episodes, one instruction each: an empty memory. Ends the batch before it."""
+        instructions = checked_instructions(instructions)
         words, mask = zip(*(self._text_tower.tokens(text) for text in instructions), strict=True)
         if not self._buffers or len(instructions) != self._batch:
             self._allocate(len(instructions))
@@ -134,8 +135,9 @@ class DeployedPolicy:
                 f"{self._current.calls} of batch {self._current.episode}: its buffers hold one batch of episodes at a "
                 "time; pass what the last call or start returned, or load a second policy."
             )
-        robot_state = checked_state(robot_state, self._batch, self.model.state_dim)
-        canvas = torch.from_numpy(self.canvas.compose(images))
+        width = self.model.state_dim
+        picture, robot_state = checked_observation(self.canvas, images, robot_state, self._batch, width)
+        canvas = torch.from_numpy(picture)
         state = self._take_plan(state)
         if state.calls % self.config.refresh_every == 0:
             state = self._refresh(canvas, state)

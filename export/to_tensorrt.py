@@ -10,9 +10,7 @@ measures nothing when it builds: it compiles the last part on the robot, at the 
 
 import argparse
 import dataclasses
-import errno
 import gc
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +26,7 @@ from data_pipelines.progress import Progress, say
 from export.engines.engine import LIBRARIES, current_gpu, engine_file, load_library
 from export.engines.onnx_graphs import GRAPHS, Graph, make_graphs, write_onnx
 from export.exported import load_export
-from export.manifest import ExportError, write_manifest
+from export.manifest import ExportError, new_folder, require_new, write_manifest
 from export.twin.layers import DTYPES
 
 TIMING_CACHE = "timing.cache"
@@ -61,8 +59,7 @@ def build(
     """
     folder = Path(folder)
     out = folder / f"engines-{target}" if out is None else Path(out)
-    if out.exists():
-        raise ExportError(f"{out} exists; remove it or give another --out, nothing is overwritten.")
+    require_new(out)
     if steps is not None and steps < 1:
         raise ExportError(f"{steps} Euler steps were asked for; expected at least one.")
     trt = load_library(library)
@@ -73,10 +70,7 @@ def build(
         "library": {"name": trt.__name__, "version": trt.__version__}, "source": export.manifest["source"],
         "dtype": dtype or export.manifest["dtype"], "steps": len(export.executor.schedule),
     }  # fmt: skip
-    partial = out.with_name(f".{out.name}.partial")  # what an interrupted build leaves; nobody reads it
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out) as partial:
         graphs = make_graphs(export)
         facts["shapes"] = {name: shapes(graph) for name, graph in graphs.items()}
         seconds: dict[str, float] = {}
@@ -93,15 +87,6 @@ def build(
                 (partial / engine_file(name)).write_bytes(plan)
                 del plan
         write_manifest(partial, facts | {"seconds": seconds})
-        partial.rename(out)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if error.errno == errno.ENOSPC:
-            raise ExportError(f"No space is left for {out}; free some, or give --out on another disk.") from error
-        raise
-    except ValueError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return out
 
 

@@ -9,7 +9,6 @@ Weights are streamed: memory is needed for one stacked parameter, or for two lay
 
 import argparse
 import dataclasses
-import errno
 import hashlib
 import json
 import shutil
@@ -42,7 +41,7 @@ from data_pipelines.statistics import FILE as STATISTICS
 from data_pipelines.statistics import Statistics, pick_robot, save_statistics
 from export.checks.parity import model_parity, video_parity
 from export.exported import check_widths, latent_grid, load_video, torch_dtype
-from export.manifest import CONFIG, MODEL, TEXT, VAE, ExportError, write_manifest
+from export.manifest import CONFIG, MODEL, TEXT, VAE, ExportError, new_folder, require_new, write_manifest
 from export.twin.layers import DTYPES
 from export.twin.vae import encoder_table
 
@@ -57,8 +56,7 @@ def convert(path: str | Path, out: str | Path, dtype: str | None = None, robot: 
     Raises ExportError, or another ValueError of what it reads, in sentences; `out` does not exist then.
     """
     out = local_path(out)
-    if out.exists():
-        raise ExportError(f"{out} exists; remove it or give another --out, nothing is overwritten.")
+    require_new(out)
     workdir, step = find_step(path)
     checkpoints = Checkpoints(workdir)
     run = checkpoints.restore_run(step)
@@ -73,10 +71,7 @@ def convert(path: str | Path, out: str | Path, dtype: str | None = None, robot: 
     arrays = checkpoints.arrays(step)
     check_room(out, arrays, dtype)
 
-    partial = out.with_name(f".{out.name}.partial")  # what an interrupted conversion leaves; nobody reads it
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out) as partial:
         (partial / CONFIG).write_text(json.dumps(run["config"], indent=1) + "\n")
         save_statistics(statistics, partial / STATISTICS)
         copy_text(config, model, run["instructions"], partial / TEXT)
@@ -89,17 +84,6 @@ def convert(path: str | Path, out: str | Path, dtype: str | None = None, robot: 
             "normalization": describe(statistics),
             "parity": {"arithmetic": "float32", "device": jax.devices()[0].device_kind, **parity},
         })  # fmt: skip
-        partial.rename(out)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if error.errno == errno.ENOSPC:
-            raise ExportError(f"No space is left for {out}; free some, or give --out on another disk.") from error
-        raise
-    except ValueError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        checkpoints.close()
     return parity
 
 

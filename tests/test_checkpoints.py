@@ -2,9 +2,7 @@
 
 import importlib
 import json
-import resource
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import flax
@@ -15,9 +13,14 @@ import pytest
 
 from ahawam_jax import checkpoints as module
 from ahawam_jax.checkpoints import CheckpointError, Checkpoints, save_params
+from ahawam_jax.commands.export_weights import export_checkpoint
+from ahawam_jax.commands.import_weights import import_checkpoint
 from ahawam_jax.commands.inspect import inspect_path
 from ahawam_jax.models.config import ModelConfig
+from ahawam_jax.weights.tensors import WeightsError
 from data_pipelines.disk import DiskError
+from data_pipelines.ownership import OwnedError, owned
+from tests.full_disk import files_end_at
 from tests.tiny_config import get_config
 from tests.tiny_model import random_params
 
@@ -174,19 +177,11 @@ def test_a_misfit_is_no_damage(saved: Path, tmp_path: Path) -> None:
         Checkpoints(tmp_path).restore_state(0, like())
 
 
-@pytest.fixture
-def small_disk() -> Iterator[None]:
-    """Files end at 4 KB, for the operating system's part of this process."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("notice", ["check", "wait", "save", "close"])
-def test_a_failed_save_names_the_last_good_step(copy: Path, small_disk: None, notice: str) -> None:
+def test_a_failed_save_names_the_last_good_step(copy: Path, notice: str) -> None:
     checkpoints = Checkpoints(copy)
-    with pytest.raises(DiskError, match=r"/3 cannot be written: .*Step 2 is the last good one, and the same command"):
+    said = r"/3 cannot be written: .*Step 2 is the last good one, and the same command"
+    with files_end_at(4096), pytest.raises(DiskError, match=said):
         checkpoints.save(state(3), {"config": {}})
         while notice == "check":
             checkpoints.check()
@@ -199,6 +194,22 @@ def test_after_a_failed_save(copy: Path) -> None:
     (copy / "checkpoints" / "3.orbax-checkpoint-tmp" / "state").mkdir(parents=True)  # what it leaves
     save(copy, 3)
     assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_an_export_on_a_full_disk(model: Path, tmp_path: Path, suffix: str) -> None:
+    said = rf"b.{suffix} cannot be written: .* Nothing of it is kept"
+    with files_end_at(4096), pytest.raises(DiskError, match=said):
+        export_checkpoint(model, tmp_path / f"b.{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_import_into_a_workdir_in_use(tmp_path: Path) -> None:
+    with owned(tmp_path), pytest.raises(OwnedError, match="is being written by process"):
+        import_checkpoint(get_config(), "x.pt", str(tmp_path))
+    with pytest.raises(WeightsError, match="x.pt does not exist"):
+        import_checkpoint(get_config(), "x.pt", str(tmp_path / "run"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

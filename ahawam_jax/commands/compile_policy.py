@@ -11,6 +11,7 @@ import sys
 from absl import logging
 
 from ahawam_jax.inference.policy import Policy
+from data_pipelines.disk import writing
 from data_pipelines.paths import local_path
 
 
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     overrides = {} if options.steps is None else {"steps": options.steps}
     try:
         policy = Policy.load(options.checkpoint, options.robot, **overrides)
-        policy.save_compiled(options.out, options.episodes)
+        with writing(options.out, "The checkpoint is as it was; what is there of it is not read."):
+            policy.save_compiled(options.out, options.episodes)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -19,6 +19,7 @@ from ahawam_jax.weights.release import TABLE, payload
 from ahawam_jax.weights.safetensors_file import write_safetensors
 from ahawam_jax.weights.tensors import DTYPES, WeightsError
 from ahawam_jax.weights.torch_file import write_torch
+from data_pipelines.disk import writing
 from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress
 
@@ -53,12 +54,12 @@ def export_checkpoint(path: str | Path, out: str | Path, dtype: str | None = Non
         flax.traverse_util.unflatten_dict(arrays, sep="/"), TABLE, leaf, DTYPES[dtype] if dtype else None
     )
     kind = str(next(iter(tensors.values())).dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".pt":
-        write_torch(out, payload(tensors, {"step": step, "torch_dtype": f"torch.{kind}"}))
-    else:
-        write_safetensors(out, tensors, {"step": str(step)})
-    checkpoints.close()
+    with writing(out, "Nothing of it is kept; the checkpoint is as it was."):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".pt":
+            write_torch(out, payload(tensors, {"step": step, "torch_dtype": f"torch.{kind}"}))
+        else:
+            write_safetensors(out, tensors, {"step": str(step)})
     print(f"{out}: {size:,} parameters, {out.stat().st_size / 2**30:.2f} GiB, {progress.seconds:.0f} s")
 
 

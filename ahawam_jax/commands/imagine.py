@@ -26,6 +26,7 @@ from ahawam_jax.towers.building import build_text_tower, build_video_tower
 from ahawam_jax.towers.encoding import pixels
 from ahawam_jax.towers.latents import make_canvas
 from data_pipelines.caches.frame_cache import DecodingFrames
+from data_pipelines.disk import writing
 from data_pipelines.paths import local_path
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.recording.encoded_video import encode_video
@@ -121,10 +122,11 @@ def main(argv: list[str] | None = None) -> int:
         if followed is not None:
             panels["recorded"] = followed[:: (len(followed) - 1) // (len(frames) - 1)]
         clip = side_by_side(panels)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_bytes(encode_video(clip, fps).mp4)
         still = options.out.with_suffix(".png")
-        Image.fromarray(np.concatenate(list(clip[:: max(1, (len(clip) - 1) // 2)]), 0)).save(still)
+        with writing(options.out, "Nothing else was written."):
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_bytes(encode_video(clip, fps).mp4)
+            Image.fromarray(np.concatenate(list(clip[:: max(1, (len(clip) - 1) // 2)]), 0)).save(still)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

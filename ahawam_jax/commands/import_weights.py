@@ -29,6 +29,7 @@ from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.importing import load_model
 from ahawam_jax.weights.tensors import WeightsError
 from data_pipelines.normalization import describe
+from data_pipelines.ownership import owned
 from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress
 from data_pipelines.statistics import load_statistics, to_lists
@@ -44,10 +45,18 @@ def import_checkpoint(
 ) -> None:
     """Reads `source` onto the devices of config.mesh and writes it to `workdir` as checkpoint step 0.
 
-    Raises WeightsError or DatasetError, in sentences, for files that do not fit; nothing is written then.
+    Raises WeightsError or DatasetError, in sentences, for files that do not fit; nothing is written then. Raises
+    OwnedError where another process writes to `workdir`.
     """
-    for path in (source, workdir, statistics):
+    for path in (source, statistics):
         local_path(path)
+    with owned(local_path(workdir)):
+        _import_checkpoint(config, source, workdir, statistics, fresh, dtype)
+
+
+def _import_checkpoint(
+    config: ConfigDict, source: str, workdir: str, statistics: str, fresh: Sequence[str], dtype: Any
+) -> None:
     model = ModelConfig.create(config.model)
     mesh = sharding.make_mesh(config.mesh)
     weights = open_weights(source, "planner")

@@ -12,6 +12,7 @@ import numpy as np
 
 from ahawam_jax.evaluation.films import write_sheet, write_video
 from ahawam_jax.inference.policy import Policy
+from data_pipelines.disk import writing
 from data_pipelines.progress import Progress
 from data_pipelines.simulation.env import EPISODE_STEPS, FPS, INSTRUCTIONS
 from data_pipelines.simulation.parallel import ParallelSims
@@ -96,12 +97,13 @@ def roll_out(
         if folder:
             frames = [np.stack(sims.films[i]) for i in film]
             stem = name.lower().replace(" ", "_").replace(",", "")
-            write_video(folder / f"{stem}.mp4", frames, Fraction(FPS, RECORD_EVERY))
             moments = np.linspace(0, len(frames[0]) - 1, MOMENTS).round().astype(int)
-            write_sheet(
-                folder / f"{stem}.png", [episode[moments] for episode in frames],
-                [f"seed {seeds[i]}" for i in film], result.success[film], (moments + 1) * RECORD_EVERY / FPS,
-            )  # fmt: skip
+            with writing(folder, f"{result.success.sum()} of {len(seeds)} episodes succeeded."):
+                write_video(folder / f"{stem}.mp4", frames, Fraction(FPS, RECORD_EVERY))
+                write_sheet(
+                    folder / f"{stem}.png", [episode[moments] for episode in frames],
+                    [f"seed {seeds[i]}" for i in film], result.success[film], (moments + 1) * RECORD_EVERY / FPS,
+                )  # fmt: skip
     return result
 
 

@@ -21,6 +21,7 @@ from ahawam_jax.sampling import denoise
 from ahawam_jax.towers.building import VideoTower, build_text_tower, build_video_tower
 from ahawam_jax.towers.encoding import pixels
 from ahawam_jax.towers.latents import make_canvas
+from data_pipelines.canvas import Canvas
 from data_pipelines.normalization import denormalize, normalize
 from data_pipelines.statistics import pick_robot
 
@@ -65,15 +66,34 @@ class PolicyState:
     calls: int = flax.struct.field(pytree_node=False, default=0)
 
 
-def checked_state(robot_state: np.ndarray, episodes: int, width: int) -> np.ndarray:
-    """The robot's state as float32 [B, p]. Raises ValueError for another shape, NaN or infinity."""
+def checked_observation(
+    canvas: Canvas, images: Mapping[str, np.ndarray], robot_state: np.ndarray, episodes: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The canvas uint8 [B, H, W, 3] of the images, and the robot's state as float32 [B, p].
+
+    Raises ValueError for other shapes, other numbers of either than `episodes`, and for NaN or infinity in the state.
+    """
     robot_state = np.asarray(robot_state, np.float32)
     if robot_state.shape != (episodes, width) or not np.isfinite(robot_state).all():
         raise ValueError(
             f"robot_state has shape {robot_state.shape}; expected {(episodes, width)} finite numbers, one row per "
-            "episode of the state."
+            "episode that start was given; a single episode has the first axis, too: robot_state[None]."
         )
-    return robot_state
+    picture = canvas.compose(images)
+    if picture.shape[:-3] != (episodes,):
+        raise ValueError(
+            f"the images of {canvas.cameras[0]} have shape {np.shape(images[canvas.cameras[0]])}; expected "
+            f"({episodes}, height, width, 3), one image per episode that start was given; a single episode has the "
+            "first axis, too: image[None]."
+        )
+    return picture, robot_state
+
+
+def checked_instructions(instructions: Sequence[str]) -> list[str]:
+    """One instruction per episode. Raises ValueError for none, and for a text that is not in a list."""
+    if isinstance(instructions, str) or not len(instructions):
+        raise ValueError(f"start takes a list of instructions, one per episode; got {instructions!r}.")
+    return list(instructions)
 
 
 def chunk_start(since_plan: int, chunk: int) -> int:
@@ -201,6 +221,7 @@ class Policy:
 
     def start(self, instructions: Sequence[str]) -> PolicyState:
         """State of a batch of new episodes, one instruction each: an empty memory."""
+        instructions = checked_instructions(instructions)
         text, mask = zip(*(self._text_tower.tokens(text) for text in instructions), strict=True)
         memory = empty_memory(self.model.config, len(instructions), self._tokens)
         return PolicyState(memory.context.frame(0), memory, jnp.stack(text), jnp.stack(mask))
@@ -215,8 +236,9 @@ class Policy:
         before the next call, and the state for that call.
         """
         model, cfg = self.model.config, self.config
-        robot_state = checked_state(robot_state, state.text.shape[0], model.state_dim)
-        canvas = jnp.asarray(self.canvas.compose(images))
+        episodes = state.text.shape[0]
+        picture, robot_state = checked_observation(self.canvas, images, robot_state, episodes, model.state_dim)
+        canvas = jnp.asarray(picture)
         if state.calls % cfg.refresh_every == 0:
             position = jnp.full(len(canvas), state.elapsed // model.video_ratio, jnp.int32)
             memory = state.memory

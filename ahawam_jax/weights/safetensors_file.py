@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ahawam_jax.weights.tensors import DTYPES, Tensor, WeightsError
+from data_pipelines.disk import whole_file
 
 NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -66,9 +67,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[
         offset += size
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as file:
+    with whole_file(path) as partial, partial.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for x in tensors.values():
             file.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
-    temporary.replace(path)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ahawam_jax.weights.tensors import DTYPES, Tensor, WeightsError
+from data_pipelines.disk import whole_file
 
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -110,9 +111,8 @@ def write_torch(path: Path, tree: Mapping[str, Any]) -> None:
     file appears whole or not at all.
     """
     leaves = list(_arrays(tree))
-    temporary = path.with_name(path.name + ".partial")
     folder = path.stem
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with whole_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         numbers = {id(x): i for i, x in enumerate(leaves)}
         archive.writestr(f"{folder}/data.pkl", b"\x80\x02" + b"".join(_pickle(tree, numbers)) + b".")
         archive.writestr(f"{folder}/byteorder", b"little")
@@ -126,7 +126,6 @@ def write_torch(path: Path, tree: Mapping[str, Any]) -> None:
             with archive.open(info, "w") as member:
                 member.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
         archive.writestr(f"{folder}/version", b"3\n")
-    temporary.replace(path)
 
 
 def _arrays(tree: Any) -> Iterator[Any]:

@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 
+from data_pipelines.disk import DiskError
 from export import to_tensorrt
 from export.engines.engine import Engine, Gpu, engine_file, load_library, open_engines, read_engine_manifest
 from export.engines.onnx_graphs import GRAPHS, make_graphs, write_onnx
@@ -158,7 +159,7 @@ def test_a_full_disk_and_a_failed_build_leave_nothing(
         monkeypatch.setattr(to_tensorrt, "build_engine", stop)
 
     fails(OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(ExportError, match="No space is left for .*engines; free some, or give --out on another disk"):
+    with pytest.raises(DiskError, match="engines cannot be written: its disk is full; .* Nothing of it is kept"):
         build(robotwin_export, "rtx5090d", tmp_path / "engines", dtype="float32")
     fails(ExportError("tensorrt_rtx cannot build the planner"))
     with pytest.raises(ExportError, match="cannot build the planner"):

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from ahawam_jax.checkpoints import save_params
 from ahawam_jax.commands.import_weights import import_checkpoint
-from ahawam_jax.inference.policy import Policy
+from ahawam_jax.inference.policy import Policy, load_run
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.towers.text_cache import prompt, write_entry
 from ahawam_jax.towers.vae import VaeConfig
@@ -30,6 +30,7 @@ from ahawam_jax.weights.tensors import WeightsError
 from ahawam_jax.weights.torch_file import write_torch
 from configs import robotwin
 from data_pipelines.canvas import CAMERAS
+from data_pipelines.disk import DiskError
 from data_pipelines.normalization import Normalization, normalize
 from data_pipelines.statistics import FILE as STATISTICS
 from data_pipelines.statistics import NAMES, save_statistics
@@ -249,10 +250,8 @@ def test_missing_text_tokens_are_named(full: Path, tmp_path: Path) -> None:
 
 
 def saved_full(full: Path, folder: Path, config: ConfigDict, instructions: list[str]) -> Path:
-    shutil.copytree(full / "run", folder)
-    path = next(folder.glob("checkpoints/0/run/*"))
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"config": json.loads(config.to_json()), "instructions": instructions}))
+    _, params, record = load_run(full / "run")
+    save_params(folder, params, record | {"config": json.loads(config.to_json()), "instructions": instructions})
     return folder
 
 
@@ -266,11 +265,13 @@ def test_nothing_is_overwritten(demo: Path, exported: Path) -> None:
 
 def test_no_space_left_is_a_sentence(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(path: Path, *_: Any) -> None:
-        path.with_name(path.name + ".partial").write_bytes(b"half")
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("ahawam_jax.commands.export_weights.write_safetensors", fails)
-    refused(demo, tmp_path / "out", "No space is left for .*out; free some, or give --out on another disk")
+    with pytest.raises(DiskError, match="cannot be written: its disk is full; make room .* Nothing of it is kept"):
+        convert(demo, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(2**20, 2**20, 1000))
     refused(demo, tmp_path / "out", "has 0.00 GiB free, the export needs 0.00")
 

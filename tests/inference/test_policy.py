@@ -139,6 +139,22 @@ def test_bad_observations_are_sentences(default: Policy) -> None:
         default(images, robot_state[:, :4], state)
     with pytest.raises(ValueError, match="finite"):
         default(images, np.full_like(robot_state, np.nan), state)
+    single = {name: view[0] for name, view in images.items()}
+    first = default.start(INSTRUCTIONS[:1])
+    for views, numbers, message in (
+        (single, robot_state[:1], r"of cam_high have shape \(64, 64, 3\); expected \(1, height, .*image\[None\]"),
+        (images, robot_state[:1], r"shape \(2, 64, 64, 3\); expected \(1, height, width, 3\), one image per episode"),
+        (single, robot_state[0], r"robot_state has shape \(5,\); expected \(1, 5\).*robot_state\[None\]"),
+        (images, robot_state, r"robot_state has shape \(2, 5\); expected \(1, 5\)"),
+        (images | {"cam_high": [[0]]}, robot_state[:1], "cam_high: expected a numpy array .* got list"),
+        (images | {"cam_high": images["cam_high"] / 255}, robot_state[:1], "cam_high: expected uint8 .* got float64"),
+        (images | {"cam_high": images["cam_high"][:1]}, robot_state[:1], "cam_left_wrist: expected as many images as"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            default(views, numbers, first)
+    for instructions in ("open the drawer", []):
+        with pytest.raises(ValueError, match="start takes a list of instructions, one per episode; got"):
+            default.start(instructions)
     del images["cam_left_wrist"]
     with pytest.raises(ValueError, match="cam_left_wrist"):
         default(images, robot_state, state)
