@@ -48,7 +48,7 @@ def _demo(argv: list[str]) -> None:
         sys.exit(f"error: {mistake}")
     except Interrupted as stop:
         sys.exit(str(stop))
-    report = [f"open-loop error on held-out demonstrations: {error:.4f} standard deviations of the actions"]
+    report = [f"open-loop error on held-out demonstrations: {error:.4f} in normalised units"]
     if not problem:
         report = [table(evaluate(config, workdir)), "", *report]
     report.append(
