@@ -112,6 +112,8 @@ def _scaling(stats: Scaling) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     shift, scale = np.array(stats["mean"], np.float64), np.maximum(stats["std"], STD_FLOOR)
     for rule, (low, high) in SPANS.items():
         chosen = stats["normalization"] == rule
+        if not chosen.any():
+            continue
         a, b = stats[low][chosen], stats[high][chosen]
         shift[chosen], scale[chosen] = (a + b) / 2, np.where(a < b, (b - a) / 2, STD_FLOOR)
     return shift, scale, np.where(stats["clip"] > 0, stats["clip"], np.inf)

@@ -51,7 +51,7 @@ DATA = {
     "simulation": {"progress", "processes"},
     "recording": {"simulation", "progress", "episodes", "disk", "ownership", "processes", "paths"},
     "inspection": {
-        "episodes", "readers", "normalization", "statistics", "canvas", "windows", "loader", "recording", "progress",
+        "episodes", "readers", "normalization", "canvas", "windows", "loader", "recording", "progress",
         "disk",
     },
     "tfds": {"episodes", "readers", "caches", "progress", "disk", "ownership", "paths"},

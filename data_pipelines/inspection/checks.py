@@ -17,7 +17,6 @@ from data_pipelines.loader import THREADS
 from data_pipelines.normalization import RELEASED, label, losses, recoverable
 from data_pipelines.readers.base import BLOCK
 from data_pipelines.readers.lerobot import IMAGE_PREFIX, LeRobot
-from data_pipelines.statistics import Partial
 from data_pipelines.windows import WindowConfig
 
 WINDOW = WindowConfig()  # the one RoboTwin is trained with
@@ -40,7 +39,7 @@ class Check:
 class Table:
     """Per dimension of a state or action, over whole episodes.
 
-    stats: as those of training, normalised as in the release.  The rest is float64 [d].  frozen: share of
+    stats: mean, std, min, max, normalised as in the release.  The rest is float64 [d].  frozen: share of
     episodes in which the dimension has a single value.  cut: share of rows that normalising cuts.  lost: how far from
     the recording the worst of them comes back.
     """
@@ -127,9 +126,11 @@ def tabulate(what: str, episodes: Sequence[np.ndarray]) -> Table:
     """episodes: at least one, each float32 [T, d]; what: "state" or "action"."""
     rows = np.concatenate(episodes)
     frozen = np.mean([np.ptp(episode, axis=0) == 0 for episode in episodes], axis=0)
-    stats = Partial.of(rows, len(rows)).finish() | RELEASED.of(what, (), rows.shape[1])
-    off = np.abs(rows - recoverable(rows, stats))
-    return Table(stats, frozen, (off > 0).mean(0), off.max(0))
+    stats = {"min": rows.min(0), "max": rows.max(0), "mean": rows.mean(0, dtype=np.float64)}
+    stats |= {"std": rows.std(0, dtype=np.float64)} | RELEASED.of(what, (), rows.shape[1])
+    off = (np.abs(episode - recoverable(episode, stats)) for episode in episodes)
+    cut, lost = zip(*(((x > 0).sum(0), x.max(0)) for x in off), strict=True)
+    return Table(stats, frozen, np.sum(cut, 0) / len(rows), np.max(lost, 0))
 
 
 def describe_rows(dataset: Episodes, healthy: Sequence[int]) -> Iterator[str]:
