@@ -23,6 +23,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.disk import writing
+
 BEAT, SILENT = 10.0, 60.0  # seconds: between two signs of life, and without any until an owner elsewhere is gone
 POLL, SETTLE = 0.5, 1.0  # seconds: between two looks of who waits; until a note without a lock counts as kept
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -39,6 +41,7 @@ class Owner:
       folder: is made where it does not exist.
       name: of what is owned in the folder, where several may be, each by another process; "" for all of it.
       wait: for the process that has it, instead of raising OwnedError at once.
+    Raises DiskError where the folder cannot be written.
     """
 
     def __init__(self, folder: str | Path, name: str = "", wait: bool = False) -> None:
@@ -94,6 +97,10 @@ class Owner:
     def _try(self) -> str | None:
         """Takes it, or says who has it."""
         path = self.folder / self.file
+        with writing(path, "Nothing was begun."):
+            return self._try_file(path)
+
+    def _try_file(self, path: Path) -> str | None:
         descriptor, locks = _open(path)
         try:
             before = _parse(os.pread(descriptor, 4096, 0))
@@ -105,11 +112,8 @@ class Owner:
                     return f"{_describe(before)}, which gave a sign of life {max(silence, 0):.0f} s ago"
                 print(f"{self._subject}: {_describe(before)} is gone, taking over.", file=sys.stderr, flush=True)
             self._note = json.dumps(_own_note()).encode()
-            try:
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, self._note, 0)
-            except OSError as error:  # a full disk; say where
-                raise OSError(error.errno, error.strerror, str(path)) from error
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, self._note, 0)
             if not locks:  # two may have come at once; the later note counts
                 time.sleep(SETTLE)
                 if (now := path.read_bytes()) != self._note:

@@ -18,6 +18,7 @@ import numpy as np
 from data_pipelines import normalization
 from data_pipelines.episodes import DatasetError, Episodes
 from data_pipelines.normalization import RELEASED, RULES, Normalization
+from data_pipelines.paths import local_path
 
 NAMES = ("mean", "std", "min", "max", "q01", "q99")
 KINDS = ("state", "action")
@@ -139,7 +140,7 @@ def describe_losses(datasets: Iterable[Episodes], statistics: Mapping[str, Stati
 def save_statistics(stats: Statistics, path: str | Path) -> None:
     """Writes `stats` as the release's dataset_stats.json, to that file; normalization and clip lie beside the numbers
     that the release reads."""
-    path = Path(path)
+    path = local_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lists = {
         kind: {
@@ -191,7 +192,7 @@ def save_by_robot(stats: Mapping[str, Statistics], folder: str | Path) -> None:
     for robot, of_robot in stats.items():
         if robot in ("", "..") or Path(robot).name != robot:
             raise DatasetError(f"The robot {robot!r} cannot name a folder: give it a name of letters and digits.")
-        save_statistics(of_robot, Path(folder) / robot / FILE)
+        save_statistics(of_robot, local_path(folder) / robot / FILE)
 
 
 def load_by_robot(folder: str | Path) -> dict[str, Statistics]:

@@ -57,8 +57,8 @@ def build(
     library: "tensorrt_rtx" or "tensorrt", None for the one that is installed. dtype, steps: None for those of the
     export. Raises ExportError, or another ValueError of what it reads, in sentences; nothing is left then.
     """
-    folder = Path(folder)
-    out = folder / f"engines-{target}" if out is None else Path(out)
+    folder = local_path(folder)
+    out = folder / f"engines-{target}" if out is None else local_path(out)
     require_new(out)
     if steps is not None and steps < 1:
         raise ExportError(f"{steps} Euler steps were asked for; expected at least one.")

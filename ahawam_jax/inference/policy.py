@@ -23,6 +23,7 @@ from ahawam_jax.towers.encoding import pixels
 from ahawam_jax.towers.latents import make_canvas
 from data_pipelines.canvas import Canvas
 from data_pipelines.normalization import denormalize, normalize
+from data_pipelines.paths import local_path
 from data_pipelines.statistics import pick_robot
 
 
@@ -187,7 +188,7 @@ class Policy:
         statistics = pick_robot(run["statistics"], robot)
         policy = cls(model, params, config, statistics, PolicyConfig(**{**config.policy.to_dict(), **overrides}))
         if compiled_in is not None:
-            policy._load_compiled(Path(compiled_in))
+            policy._load_compiled(local_path(compiled_in))
         return policy
 
     def save_compiled(self, folder: str | Path, episodes: int = 1) -> None:
@@ -201,7 +202,7 @@ class Policy:
         context = jax.eval_shape(lambda memory: memory.context.frame(0), memory)
         position, start = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((episodes,), ()))
         states, key = jax.ShapeDtypeStruct((episodes, cfg.state_dim), f32), jax.eval_shape(lambda: self._key)
-        compiled.write(Path(folder), {
+        compiled.write(local_path(folder), {
             "refresh": (self._refresh, (*weights, canvas, position, text, mask, memory)),
             "chunk": (self._chunk, (*weights, context, canvas, states, text, mask, start, key)),
         }, self._about)  # fmt: skip

@@ -22,6 +22,7 @@ from ahawam_jax.towers.text_encoder import TextEncoderConfig
 from ahawam_jax.weights.convert import digest
 from ahawam_jax.weights.torch_file import read_torch, write_torch
 from data_pipelines.ownership import owned
+from data_pipelines.paths import local_path
 
 PROMPT = "A video recorded from a robot's point of view executing the following instruction: {task}"
 END, PAD = "</s>", "<pad>"
@@ -146,7 +147,7 @@ def claim(folder: str | Path, mark: Mapping[str, str]) -> None:
 
     Raises ValueError if its entries come from another encoder, or from nobody knows which.
     """
-    path = Path(folder) / "encoder.json"
+    path = local_path(folder) / "encoder.json"
     with owned(folder, path.name, wait=True):  # several jobs may start at once
         _claim(path, mark)
 
