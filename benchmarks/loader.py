@@ -152,7 +152,7 @@ def latent_cache(dataset: LeRobot, cache: Path) -> Iterator[int]:
     rng = np.random.default_rng(0)
     latents = []
     for kind, of_row in (("frames", shape), ("clips", ((WINDOW.video_frames - 1) // 4, *shape))):
-        folder = LatentFolder.inside(cache, kind, {"dataset": dataset.identity()}, rows, of_row)
+        folder = LatentFolder.inside(cache, kind, {"dataset": dataset.root.name}, rows, of_row)
         for part in folder.missing():
             folder.write(part, (rng.standard_normal((1, *of_row), np.float32) for _ in part))
         latents.append(Latents(folder))

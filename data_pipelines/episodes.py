@@ -62,8 +62,9 @@ class Episodes(Protocol):
         Calls from several threads do not meet. Raises IndexError for rows outside the episode.
         """
 
-    def identity(self) -> str:
-        """Hash of the recording: other pictures, episodes or cameras give another one. What caches go by."""
+    def picture_file(self, episode: int, camera: str) -> tuple[Path, str]:
+        """The file that the pictures of an episode lie in, and where in it: with the file's content and the number of
+        rows, all that `frames` depends on. What caches go by."""
 
     def require_cameras(self, names: Sequence[str]) -> None:
         """Refuses with a sentence if a camera is missing."""

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from ahawam_jax.commands.flags import CONFIG, parse_shard, require, run_with_flags
 from ahawam_jax.models.config import FRAMES_PER_LATENT, ModelConfig
-from ahawam_jax.towers.building import VideoTower, build_video_tower
+from ahawam_jax.towers.building import VideoTower, build_video_tower, fingerprint
 from ahawam_jax.towers.encoding import pixels
 from ahawam_jax.towers.latents import LatentFolders, latent_folders, make_canvas, make_windows
 from ahawam_jax.training.data import open_frames_of
@@ -84,7 +84,8 @@ def encode_video(config: ConfigDict, shard: str = "0/1", batch: int = 8, estimat
     tower = build_video_tower(config.towers, model, replicated(mesh))
     windows, encode = make_windows(config, model), Encoder(tower, batch, mesh)
     datasets = [part.dataset for part in open_datasets(config.data.path)]
-    folders = [latent_folders(config, model, dataset, tower) for dataset in datasets]
+    mark = fingerprint(tower)
+    folders = [latent_folders(config, model, dataset, mark) for dataset in datasets]
     print_estimate(config, windows, encode, folders)
     if estimate_only:
         return

@@ -137,7 +137,7 @@ def write_entry(folder: str | Path, prompt: str, tokens: np.ndarray, mask: np.nd
 
 
 def fingerprint(config: TextEncoderConfig, params: Any, tokenizer: Tokenizer) -> dict[str, str]:
-    """What tells one encoder from another: its sizes, a hash over a grid of entries of every weight, its tokenizer."""
+    """What tells one encoder from another: its sizes, a hash of all weights, its tokenizer."""
     sizes = json.dumps(dataclasses.asdict(config))
     return {"sizes": sizes, "weights": digest(params), "tokenizer": tokenizer.digest}
 

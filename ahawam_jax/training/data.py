@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ahawam_jax.models.config import ModelConfig
-from ahawam_jax.towers.building import TextTower, VideoTower
+from ahawam_jax.towers.building import TextTower, VideoTower, fingerprint
 from ahawam_jax.towers.latents import latent_folders, make_canvas, make_windows
 from ahawam_jax.training import sharding
 from data_pipelines.caches.frame_cache import DecodingFrames, Frames, open_frames
@@ -60,9 +60,10 @@ def open_data(config: ConfigDict, model: ModelConfig, text_tower: TextTower, vid
     windows = make_windows(config, model)
     how = Normalization(**config.data.normalization, clip=config.data.clip)
     statistics = compute_by_robot([dataset for dataset, _ in datasets], how)
+    mark = fingerprint(video_tower) if config.data.latents else ""
     train, validation = [], []
     for dataset, weight in datasets:
-        latents = _open_latents(config, model, dataset, video_tower) if config.data.latents else None
+        latents = _open_latents(config, model, dataset, mark) if config.data.latents else None
         frames = None if latents and latents.clips else open_frames_of(dataset, config)
         count, held_out = len(dataset.lengths), config.data.validation_episodes
         source = Source(dataset, frames, statistics[dataset.robot], weight, range(count - held_out), latents)
@@ -97,8 +98,6 @@ def _check_fits(dataset: Episodes, model: ModelConfig, held_out: int) -> None:
         )
 
 
-def _open_latents(
-    config: ConfigDict, model: ModelConfig, dataset: Episodes, tower: VideoTower
-) -> CachedLatents:
+def _open_latents(config: ConfigDict, model: ModelConfig, dataset: Episodes, tower: str) -> CachedLatents:
     folders = latent_folders(config, model, dataset, tower)
     return CachedLatents(Latents(folders.frames), Latents(folders.clips) if config.data.latent_clips else None)

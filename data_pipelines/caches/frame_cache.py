@@ -1,28 +1,32 @@
 """Canvases of every row of a dataset: decoded once into a memory-mapped file, or on the fly.
 
 Decoding mp4 for every window costs a small CPU machine nearly all its time. The cache is written beside its
-final place and moved there in one step when complete, so a build that was interrupted is never read.
+final place, by plain writes, and moved there in one step when complete: a build that was interrupted is never read,
+and the next one goes on with the episodes that it lacks.
 """
 
-import fcntl
-import hashlib
 import json
-import multiprocessing
 import os
+import re
 import shutil
+from concurrent.futures import as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from data_pipelines.caches.keys import pictures_key
 from data_pipelines.canvas import Canvas
+from data_pipelines.disk import require_room, writing
 from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.ownership import owned
 from data_pipelines.paths import local_path
+from data_pipelines.processes import worker_pool
 from data_pipelines.progress import Progress
 
-CACHE_VERSION = 1  # raise it whenever the pixels of a canvas change for the same dataset
 BLOCK = 256  # rows decoded at a time, which bounds the memory of long episodes
+DATA, ABOUT, FINISHED = "frames.bin", "key.json", "episodes.txt"
 
 
 class Frames(Protocol):
@@ -70,22 +74,33 @@ def open_frames(dataset: Episodes, canvas: Canvas, cache_dir: str | Path, proces
     """Composed canvases uint8 [total rows, H, W, 3] in a memory-mapped file, built on first use.
 
     processes: decoding workers of the build; more than 1 starts new interpreters, so the calling script needs
-    its `if __name__ == "__main__"` guard. A second process that asks for the same cache waits for the first.
+    its `if __name__ == "__main__"` guard. A second process that asks for the same cache waits for the first. Raises
+    DatasetError, DiskError where the disk takes no more, WorkerError where a worker was killed.
     """
     dataset.require_cameras(canvas.cameras)
     shape = (int(dataset.lengths.sum()), *canvas.size, 3)
-    key = pictures_key(dataset, canvas)
+    key = pictures_key(dataset, canvas, cache_dir)
     folder = local_path(cache_dir) / f"frames-{key[:16]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.is_dir():
-            _build(dataset, canvas, shape, key, folder, processes)
+    if not folder.is_dir():
+        unfinished = folder.with_suffix(".partial")
+        safe = f"The episodes before are kept in {unfinished}; the same command goes on from there."
+        with writing(folder, safe), owned(cache_dir, folder.name, wait=True):
+            if not folder.is_dir():  # the one before may have built it
+                try:
+                    _build(dataset, canvas, shape, unfinished, processes, safe)
+                    if pictures_key(dataset, canvas, cache_dir) != key:
+                        raise DatasetError(f"{dataset.root} changed while its pictures were decoded; start again.")
+                except DatasetError:  # once mended, the dataset has another key
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    raise
+                (unfinished / ABOUT).write_text(json.dumps({"key": key, "shape": list(shape)}))
+                (unfinished / FINISHED).unlink()
+                os.replace(unfinished, folder)
     return _open(folder, shape, key)
 
 
 def _open(folder: Path, shape: tuple[int, ...], key: str) -> CachedFrames:
-    data, note = folder / "frames.bin", folder / "key.json"
+    data, note = folder / DATA, folder / ABOUT
     try:
         stored, size = json.loads(note.read_text()), data.stat().st_size
     except (OSError, ValueError) as error:
@@ -100,36 +115,33 @@ def _open(folder: Path, shape: tuple[int, ...], key: str) -> CachedFrames:
 
 
 def _build(
-    dataset: Episodes,
-    canvas: Canvas,
-    shape: tuple[int, ...],
-    key: str,
-    folder: Path,
-    processes: int,
+    dataset: Episodes, canvas: Canvas, shape: tuple[int, ...], folder: Path, processes: int, safe: str
 ) -> None:
-    unfinished = folder.with_suffix(".partial")
-    # What an interrupted build left behind; under the lock nobody is writing it.
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    data = unfinished / "frames.bin"
-    with open(data, "wb") as file:
-        file.truncate(int(np.prod(shape)))
+    """Writes the episodes that a build before this one did not finish."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, note = folder / DATA, folder / FINISHED
+    finished = {int(n) for n in re.findall(r"^(\d+);$", note.read_text(), re.MULTILINE)} if note.exists() else set()
     # Whole episodes in order: neighbours share a video file, and every worker decodes forward.
-    episodes = range(len(dataset.lengths))
-    write = partial(_write_episode, canvas, data, shape)
-    progress = Progress(shape[0], f"rows of {folder.name}")
+    episodes = [episode for episode in range(len(dataset.lengths)) if episode not in finished]
+    rows = int(dataset.lengths[episodes].sum())
+    require_room(folder, rows * int(np.prod(shape[1:])), "make room, choose another folder, or do without this cache")
+    write = partial(_write_episode, canvas, data)
+    progress = Progress(rows, f"rows of {folder.stem}")
+
+    def add(episode: int) -> None:
+        with note.open("ab", 0) as file:
+            file.write(f"\n{episode};".encode())  # begun anew, in case the line before was cut off
+        progress.add("", int(dataset.lengths[episode]))
+
     if processes == 1:
         _set_dataset(dataset)
         for episode in episodes:
-            progress.add("", write(episode))
+            write(episode)
+            add(episode)
     else:
-        with multiprocessing.get_context("spawn").Pool(processes, _set_dataset, [dataset]) as pool:
-            for rows in pool.imap_unordered(write, episodes):
-                progress.add("", rows)
-    with open(data, "rb+") as file:
-        os.fsync(file.fileno())
-    (unfinished / "key.json").write_text(json.dumps({"key": key, "shape": list(shape)}))
-    os.replace(unfinished, folder)
+        with worker_pool(processes, safe, _set_dataset, dataset) as pool:
+            for future in as_completed([pool.submit(write, episode) for episode in episodes]):
+                add(future.result())
 
 
 def _set_dataset(dataset: Episodes) -> None:
@@ -138,23 +150,28 @@ def _set_dataset(dataset: Episodes) -> None:
     _dataset = dataset
 
 
-def _write_episode(canvas: Canvas, data: Path, shape: tuple[int, ...], episode: int) -> int:
-    """Decodes one episode into its rows of the file; returns the number of rows. Runs in a worker."""
+def _write_episode(canvas: Canvas, data: Path, episode: int) -> int:
+    """Decodes one episode into its rows of the file, and returns when they are on the disk. Runs in a worker."""
     dataset = _dataset
-    out = np.memmap(data, np.uint8, "r+", shape=shape)
-    start, length = dataset.starts[episode], int(dataset.lengths[episode])
-    for low in range(0, length, BLOCK):
-        rows = np.arange(low, min(low + BLOCK, length))
-        out[start + rows[0] : start + rows[-1] + 1] = _canvases(dataset, canvas, episode, rows)
-    out.flush()
-    return length
+    start, length = int(dataset.starts[episode]), int(dataset.lengths[episode])
+    descriptor = os.open(data, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        for low in range(0, length, BLOCK):
+            content = _canvases(dataset, canvas, episode, np.arange(low, min(low + BLOCK, length)))
+            _write_at(descriptor, content, (start + low) * content[0].nbytes)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return episode
+
+
+def _write_at(descriptor: int, content: np.ndarray, place: int) -> None:
+    # Not through a map: where the disk is full, that would end the process.
+    left = memoryview(np.ascontiguousarray(content).reshape(-1))
+    while left:
+        written = os.pwrite(descriptor, left, place)
+        left, place = left[written:], place + written
 
 
 def _canvases(dataset: Episodes, canvas: Canvas, episode: int, rows: np.ndarray) -> np.ndarray:
     return canvas.compose({camera: dataset.frames(episode, camera, rows) for camera in canvas.cameras})
-
-
-def pictures_key(dataset: Episodes, canvas: Canvas) -> str:
-    """Hash of all that decides the canvases of a dataset: its pictures, views and size, the version of the code."""
-    content = [CACHE_VERSION, list(canvas.head_size), canvas.cameras, dataset.identity()]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

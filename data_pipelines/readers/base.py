@@ -1,6 +1,5 @@
 """What the readers of all formats share: rows checked when first read, frames in the order asked for."""
 
-import hashlib
 import threading
 from abc import abstractmethod
 from collections import OrderedDict
@@ -12,12 +11,10 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.episodes import DatasetError, Episodes
-from data_pipelines.tfds.layout import CONVERSION
 
 # A time stamp may be off its place on the fps grid by at most this part of a row.
 GRID_TOLERANCE = 0.1
 BLOCK = 64  # frames decoded at a time in search of faults
-ENDS = 16_384  # bytes at the start and the end of a recording that tell it from another
 # Rows a reader keeps in memory, of the episodes used last: about 2.5 GB of two 14-wide vectors, the whole of RoboTwin
 # or of the 165 hours of RoboCOIN. Beyond that, episodes are read again, which costs less than decoding their frames.
 ROWS_KEPT = 2**24
@@ -39,7 +36,8 @@ class Rows:
 
 
 class Reader(Episodes):
-    """All of `Episodes` but what a format must answer itself: its attributes, `_read_rows` and `_decode`."""
+    """All of `Episodes` but what a format must answer itself: its attributes, `picture_file`, `_read_rows` and
+    `_decode`."""
 
     @abstractmethod
     def _read_rows(self, episode: int) -> Rows:
@@ -80,23 +78,6 @@ class Reader(Episodes):
             except DatasetError as error:
                 raise self._first_fault(episode, camera) or error from error
         return out if np.array_equal(rows, wanted) else out[inverse]
-
-    def identity(self) -> str:
-        """Of metadata the content counts. Of recordings, the size and both ends: a video's table of frames lies there,
-        so that another encoding shows, and 80 GB need not be read."""
-        digest = hashlib.sha256()
-        for path in sorted(path for path in self.root.rglob("*") if path.is_file()):
-            name = path.relative_to(self.root).as_posix()
-            if name.startswith("meta/") or name == CONVERSION:
-                digest.update(f"{name}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
-            elif path.suffix in (".mp4", ".hdf5") or ".array_record" in name:
-                size = path.stat().st_size
-                with path.open("rb") as file:
-                    ends = file.read(ENDS)
-                    file.seek(max(0, size - ENDS))
-                    ends += file.read(ENDS)
-                digest.update(f"{name} {size}\n".encode() + hashlib.sha256(ends).digest())
-        return digest.hexdigest()
 
     def require_cameras(self, names: Sequence[str]) -> None:
         missing = [name for name in names if name not in self.cameras]

@@ -89,6 +89,10 @@ class LeRobot(Reader):
     def video(self, episode: int, key: str) -> tuple[Path, int]:
         """The mp4 file of an episode and the number of the episode's first frame in it."""
 
+    def picture_file(self, episode: int, camera: str) -> tuple[Path, str]:
+        path, first = self.video(episode, IMAGE_PREFIX + camera)
+        return path, f"from frame {first} on, {self.fps} a second"
+
     def _read_rows(self, episode: int) -> Rows:
         path = self._data_path(episode)
         file, length = self._data_file(path), self.lengths[episode]

@@ -1,8 +1,7 @@
 """A recording at a lower rate: some of its rows, chosen by index."""
 
-import hashlib
-import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -75,11 +74,9 @@ class Resampled(Episodes):
             )
         return self._source.frames(episode, camera, self._rows(episode)[wanted])
 
-    def identity(self) -> str:
-        if self._ratio == 1:  # the same pictures
-            return self._source.identity()
-        content = [self._source.identity(), self._ratio]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    def picture_file(self, episode: int, camera: str) -> tuple[Path, str]:
+        path, place = self._source.picture_file(episode, camera)
+        return path, place if self._ratio == 1 else f"{place}, one row of {self._ratio}"
 
     def require_cameras(self, names: Sequence[str]) -> None:
         self._source.require_cameras(names)

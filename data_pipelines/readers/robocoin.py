@@ -4,7 +4,6 @@ A RoboCOIN dataset is LeRobot v2.1, one folder per robot and task. Which number 
 are called, varies by robot: both are mapped by name, never by place.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -192,8 +191,8 @@ class Mapped(Episodes):
         self.require_cameras([camera])
         return self._source.frames(episode, self._cameras[camera], indices)
 
-    def identity(self) -> str:
-        return hashlib.sha256(json.dumps([self._source.identity(), self._cameras]).encode()).hexdigest()
+    def picture_file(self, episode: int, camera: str) -> tuple[Path, str]:
+        return self._source.picture_file(episode, self._cameras[camera])
 
     def require_cameras(self, names: Sequence[str]) -> None:
         missing = [name for name in names if name not in self.cameras]

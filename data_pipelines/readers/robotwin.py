@@ -64,6 +64,9 @@ class Robotwin(Reader):
         with _opened(files[0]) as file:
             self.cameras = {camera: self._picture(file, camera, 0).shape[:2] for camera in self._pictures}
 
+    def picture_file(self, episode: int, camera: str) -> tuple[Path, str]:
+        return self._files[episode], self._pictures[camera]
+
     @abstractmethod
     def _instruction(self, file: h5py.File) -> str:
         """The instruction of the episode in a file."""
@@ -132,8 +135,10 @@ class RobotwinClassic(Robotwin):
     _state, _action = ("joint_action/vector",), ()
 
     def _instruction(self, file: h5py.File) -> str:
-        episode = Path(file.filename).resolve()
-        path = episode.parents[1] / "instructions" / f"{episode.stem}.json"
+        # Beside data/ as it was given, or as it is where data/ or the episode is a link.
+        episodes = Path(file.filename).absolute(), Path(file.filename).resolve()
+        paths = [episode.parents[1] / "instructions" / f"{episode.stem}.json" for episode in episodes]
+        path = next((path for path in paths if path.is_file()), paths[0])
         if not path.is_file():
             raise DatasetError(f"{path} does not exist; copy the folder instructions/ too, it stands beside data/.")
         try:

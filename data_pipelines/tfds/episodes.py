@@ -42,6 +42,10 @@ class Converted(Reader):
                 f"{root} lacks {', '.join(missing)}; copy the dataset again or convert what is missing."
             )
 
+    def picture_file(self, episode: int, camera: str) -> tuple[Path, str]:
+        shard, place = self._place(episode)
+        return layout.shard_path(self.root, shard, self._shards), f"{place} {camera}"
+
     def subtasks(self, episode: int) -> list[str]:
         """What the robot is doing in each row, "" where nothing was annotated."""
         path, table = self._table(episode)
@@ -86,7 +90,8 @@ class Converted(Reader):
         shard, place = self._place(episode)
         path = layout.shard_path(self.root, shard, self._shards)
         try:
-            pictures = _example(path, place).features.feature[f"images/{camera}"].bytes_list.value
+            features = _example(path, path.stat().st_mtime_ns, place).features.feature
+            pictures = features[f"images/{camera}"].bytes_list.value
             for to, row in zip(out, rows, strict=True):
                 with Image.open(io.BytesIO(pictures[row])) as image:
                     to[:] = np.asarray(image.convert("RGB"))
@@ -100,8 +105,8 @@ class Converted(Reader):
 
 # The views of a window are asked for one after the other, and lie in one record.
 @lru_cache(maxsize=2)
-def _example(path: Path, place: int) -> Any:
-    """The tf.train.Example of a record."""
+def _example(path: Path, changed: int, place: int) -> Any:
+    """The tf.train.Example of a record. changed: when the file was, so that another one is read anew."""
     from array_record.python.array_record_module import ArrayRecordReader
     from tensorflow_datasets.proto import tf_example_pb2
 

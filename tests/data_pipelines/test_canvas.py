@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.caches import frame_cache
+from data_pipelines.caches import frame_cache, keys
 from data_pipelines.caches.frame_cache import DecodingFrames, open_frames
 from data_pipelines.canvas import CAMERAS, Canvas
 from data_pipelines.episodes import DatasetError
@@ -127,14 +127,17 @@ def test_cache_is_built_once_per_content(
 ) -> None:
     def builds(**changed: object) -> bool:
         open_frames(**{"dataset": open_episodes(copy), "canvas": Canvas(HEAD), "cache_dir": tmp_path} | changed)
-        return "94/94 rows" in capfd.readouterr().err
+        return "94 of 94 rows" in capfd.readouterr().out
 
     copy = shutil.copytree(root, tmp_path / "copy")
     assert builds() and not builds()
     assert builds(canvas=Canvas((16, 24)))
-    tiny.change_info(copy, note="other content")
+    tiny.change_info(copy, note="decides no picture")
+    assert not builds()
+    size = tiny.CAMERAS["cam_high"]
+    tiny.write_video(tiny.video_path(copy, "cam_high", 2), [tiny.picture(3, size)] * tiny.LENGTHS[2])
     assert builds() and not builds()
-    monkeypatch.setattr(frame_cache, "CACHE_VERSION", frame_cache.CACHE_VERSION + 1)
+    monkeypatch.setattr(keys, "CANVAS_VERSION", keys.CANVAS_VERSION + 1)
     assert builds()
 
 
@@ -195,7 +198,8 @@ def test_a_single_view_stands_alone(root: Path, tmp_path: Path) -> None:
         canvas.compose({"cam_left_wrist": head})
 
 
-def test_views_do_not_share_a_cache(root: Path) -> None:
+def test_views_do_not_share_a_cache(root: Path, tmp_path: Path) -> None:
     dataset = open_episodes(root)
-    keys = {frame_cache.pictures_key(dataset, Canvas(size, alone)) for size in (HEAD, (16, 24)) for alone in (0, 1)}
-    assert len(keys) == 4
+    canvases = [Canvas(size, alone) for size in (HEAD, (16, 24)) for alone in (False, True)]
+    seen = {keys.pictures_key(dataset, canvas, tmp_path) for canvas in canvases}
+    assert len(seen) == 4

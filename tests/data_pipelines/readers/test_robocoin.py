@@ -35,14 +35,6 @@ def broken(root: Path, tmp_path: Path) -> Path:
     return shutil.copytree(root, tmp_path / "broken")
 
 
-def test_identity_follows_the_cameras(root: Path) -> None:
-    source = open_episodes(root)
-    swapped = coin.CAMERAS | {"cam_left_wrist": "cam_right_wrist_rgb", "cam_right_wrist": "cam_left_wrist_rgb"}
-    datasets = [source, Mapped(source, SIX, "a"), Mapped(source, SIX, "a", swapped)]
-    assert len({dataset.identity() for dataset in datasets}) == 3
-    assert datasets[1].identity() == Mapped(source, SIX, "b", coin.CAMERAS).identity()
-
-
 # ---------------------------------------------------------------- vectors
 def test_layouts_and_units() -> None:
     assert len(SIX.names) == 14 and len(SEVEN.names) == 16

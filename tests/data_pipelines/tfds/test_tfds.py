@@ -17,7 +17,6 @@ tfds = pytest.importorskip("tensorflow_datasets")
 from ahawam_jax.commands.convert import main  # noqa: E402
 from data_pipelines.episodes import DatasetError  # noqa: E402
 from data_pipelines.ownership import OwnedError, owned  # noqa: E402
-from data_pipelines.readers.opening import open_episodes  # noqa: E402
 from data_pipelines.readers.robocoin import LAYOUTS, open_robocoin, subtasks  # noqa: E402
 from data_pipelines.readers.subset import Entry  # noqa: E402
 from data_pipelines.tfds import layout  # noqa: E402
@@ -75,13 +74,6 @@ def test_read_by_tfds(whole: Path, entry: Entry) -> None:
         for view, pictures in example["images"].items():
             np.testing.assert_array_equal(np.stack(pictures), source.frames(e, view, range(length)))
     assert "tensorflow" not in sys.modules
-
-
-def test_identity_of_a_converted_dataset(whole: Path, broken: Path) -> None:
-    assert open_episodes(whole).identity() == open_episodes(broken).identity()
-    path = next(broken.glob("*.array_record-*"))
-    path.write_bytes(path.read_bytes()[:-8] + b"12345678")
-    assert open_episodes(whole).identity() != open_episodes(broken).identity()
 
 
 def test_metadata_of_the_embodiment(whole: Path) -> None:
