@@ -11,8 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
-from shutil import disk_usage
 
 import jax
 import numpy as np
@@ -27,7 +25,9 @@ from ahawam_jax.towers.latents import LatentFolders, latent_folders, make_canvas
 from ahawam_jax.training.data import open_frames_of
 from ahawam_jax.training.sharding import batch_sharding, make_mesh, put_batch, replicated
 from data_pipelines.caches.frame_cache import BLOCK, Frames
+from data_pipelines.caches.keys import pictures_key
 from data_pipelines.caches.latent_cache import LatentFolder
+from data_pipelines.disk import require_room
 from data_pipelines.episodes import Episodes
 from data_pipelines.paths import refuse_addresses
 from data_pipelines.progress import Progress
@@ -73,7 +73,7 @@ class Encoder:
 def encode_video(config: ConfigDict, shard: str = "0/1", batch: int = 8, estimate_only: bool = False) -> None:
     """Writes this shard's part of the latents that `config` asks for and that are not there yet.
 
-    Raises ValueError, in sentences, for what does not fit, is damaged or finds no room.
+    Raises, in sentences, ValueError for what does not fit or is damaged, DiskError where there is no room.
     """
     refuse_addresses(config.to_dict(), "config.")
     part, parts = parse_shard(shard)
@@ -84,11 +84,13 @@ def encode_video(config: ConfigDict, shard: str = "0/1", batch: int = 8, estimat
     tower = build_video_tower(config.towers, model, replicated(mesh))
     windows, encode = make_windows(config, model), Encoder(tower, batch, mesh)
     datasets = [part.dataset for part in open_datasets(config.data.path)]
-    mark = fingerprint(tower)
-    folders = [latent_folders(config, model, dataset, mark) for dataset in datasets]
-    print_estimate(config, windows, encode, folders)
+    sizes = [latent_folders(config, model, dataset, "", "") for dataset in datasets]
+    print_estimate(config, windows, encode, sizes)
     if estimate_only:
         return
+    mark, canvas = fingerprint(tower), make_canvas(config)
+    keys = [pictures_key(dataset, canvas, config.data.latents) for dataset in datasets]
+    folders = [latent_folders(config, model, x, mark, key) for x, key in zip(datasets, keys, strict=True)]
     works = [
         (source, Work(dataset, rows, found.frames, found.clips if config.data.latent_clips else None))
         for source, (dataset, found) in enumerate(zip(datasets, folders, strict=True))
@@ -96,7 +98,8 @@ def encode_video(config: ConfigDict, shard: str = "0/1", batch: int = 8, estimat
     ]
     own = works[len(works) * part // parts : len(works) * (part + 1) // parts]
     mine = [(source, work) for source, work in own if work.missing()]
-    check_room(config.data.latents, sum(f.row_bytes * len(work.rows) for _, work in mine for f in work.missing()))
+    size = sum(folder.row_bytes * len(work.rows) for _, work in mine for folder in work.missing())
+    require_room(config.data.latents, size, "choose another folder, cache frames without clips, or nothing")
     print(f"shard {shard}: {len(own)} files of rows, {len(mine)} of them to do", flush=True)
     frames = {source: open_frames_of(datasets[source], config) for source in dict(mine)}
     progress = Progress(sum(len(work.rows) for _, work in mine), "rows")
@@ -168,17 +171,6 @@ def print_estimate(
     ):
         pays = f"{once / (whole - left):,.0f} samples" if once else ""
         print(f"{name:24s}{size / 1e9:12,.2f}{once / 1e12:14,.4g}{left / 1e12:16,.4g}   {pays}")
-
-
-def check_room(folder: str, size: int) -> None:
-    """Refuses where the disk of `folder`, which need not exist yet, has no room for so many bytes."""
-    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
-    free = disk_usage(there).free
-    if size > free:
-        raise ValueError(
-            f"{folder} needs {size / 1e9:,.1f} GB more, {free / 1e9:,.1f} GB are free; choose another folder, cache "
-            "frames without clips, or nothing."
-        )
 
 
 def _encode(argv: list[str]) -> None:

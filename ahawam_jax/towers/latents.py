@@ -5,7 +5,6 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from ahawam_jax.models.config import FRAMES_PER_LATENT, SPATIAL_STRIDE, ModelConfig
-from data_pipelines.caches.keys import pictures_key
 from data_pipelines.caches.latent_cache import LatentFolder
 from data_pipelines.canvas import Canvas
 from data_pipelines.episodes import Episodes
@@ -33,12 +32,17 @@ def make_windows(config: ConfigDict, model: ModelConfig) -> WindowConfig:
     )  # fmt: skip
 
 
-def latent_folders(config: ConfigDict, model: ModelConfig, dataset: Episodes, tower: str) -> LatentFolders:
-    """Where config.data.latents has or will have the latents of a dataset. tower: its `fingerprint`."""
+def latent_folders(
+    config: ConfigDict, model: ModelConfig, dataset: Episodes, tower: str, pictures: str
+) -> LatentFolders:
+    """Where config.data.latents has or will have the latents of a dataset.
+
+    tower: its `fingerprint`. pictures: the dataset's `pictures_key`.
+    """
     canvas = make_canvas(config)
     height, width = (size // SPATIAL_STRIDE for size in canvas.size)
     rows, shape = int(dataset.lengths.sum()), (model.latent_channels, height, width)
-    key = {"pictures": pictures_key(dataset, canvas, config.data.latents), "tower": tower}
+    key = {"pictures": pictures, "tower": tower}
     frames = LatentFolder.inside(config.data.latents, "frames", key, rows, shape)
     windows = make_windows(config, model)
     later = (windows.video_frames - 1) // FRAMES_PER_LATENT

@@ -13,6 +13,7 @@ from ahawam_jax.towers.building import TextTower, VideoTower, fingerprint
 from ahawam_jax.towers.latents import latent_folders, make_canvas, make_windows
 from ahawam_jax.training import sharding
 from data_pipelines.caches.frame_cache import DecodingFrames, Frames, open_frames
+from data_pipelines.caches.keys import pictures_key
 from data_pipelines.caches.latent_cache import CachedLatents, Latents
 from data_pipelines.episodes import Episodes
 from data_pipelines.loader import Source, instructions
@@ -99,5 +100,6 @@ def _check_fits(dataset: Episodes, model: ModelConfig, held_out: int) -> None:
 
 
 def _open_latents(config: ConfigDict, model: ModelConfig, dataset: Episodes, tower: str) -> CachedLatents:
-    folders = latent_folders(config, model, dataset, tower)
+    pictures = pictures_key(dataset, make_canvas(config), config.data.latents)
+    folders = latent_folders(config, model, dataset, tower, pictures)
     return CachedLatents(Latents(folders.frames), Latents(folders.clips) if config.data.latent_clips else None)

@@ -11,14 +11,15 @@ is compared whenever the row is read.
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from data_pipelines.disk import whole_file, writing
 from data_pipelines.episodes import DatasetError
 from data_pipelines.ownership import OwnedError, owned
 from data_pipelines.paths import local_path
@@ -26,6 +27,7 @@ from data_pipelines.paths import local_path
 DTYPE = np.dtype(np.float16)  # latents are close to unit variance: finer there than bfloat16
 ROWS_PER_FILE = 1024
 ABOUT = "about.json"
+SAFE = "The files before are kept; the same command goes on with those that are missing."
 
 
 @dataclass(frozen=True)
@@ -66,46 +68,41 @@ class LatentFolder:
     def write(self, part: range, blocks: Iterable[np.ndarray]) -> None:
         """Writes the rows of a file, given in order as arrays [n, *shape].
 
-        Raises DatasetError for latents that are not finite in float16, and where the file cannot be written;
-        OwnedError where another job writes it.
+        Raises DatasetError for latents that are not finite in float16, DiskError where the disk takes no more,
+        OwnedError where another job writes the file.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._write_about()
         path = self.file(part)
-        partial = path.with_suffix(".partial")
-        sums = []
         try:
-            with owned(self.path, path.name), partial.open("wb") as file:
-                for block in blocks:
-                    with np.errstate(over="ignore"):
-                        values = np.ascontiguousarray(block, DTYPE)
-                    if values.shape[1:] != self.shape or not np.isfinite(values).all():
-                        raise DatasetError(
-                            f"The latents of rows from {part.start + len(sums)} on are {values.shape[1:]}, expected "
-                            f"{self.shape} of finite numbers; look at the tower's weights and the pictures there."
-                        )
-                    file.write(values)
-                    sums += [zlib.crc32(row) for row in values]
-                file.write(np.array(sums, np.uint32))
-                file.flush()
-                os.fsync(file.fileno())
-                if len(sums) != len(part):
-                    raise ValueError(f"{path} was given {len(sums)} rows, expected {len(part)}.")
-                partial.replace(path)
+            with writing(path, SAFE):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._write_about()
+                with owned(self.path, path.name), whole_file(path) as partial, partial.open("wb") as file:
+                    self._write_rows(file, part, blocks)
         except OwnedError as error:
             raise OwnedError(f"{error} Or give each job its own --shard.") from None
-        except OSError as error:
-            raise DatasetError(
-                f"{path} cannot be written ({error}); make room or choose another folder, and start again: what is "
-                "written is kept."
-            ) from error
+
+    def _write_rows(self, file: BinaryIO, part: range, blocks: Iterable[np.ndarray]) -> None:
+        sums = []
+        for block in blocks:
+            with np.errstate(over="ignore"):
+                values = np.ascontiguousarray(block, DTYPE)
+            if values.shape[1:] != self.shape or not np.isfinite(values).all():
+                raise DatasetError(
+                    f"The latents of rows from {part.start + len(sums)} on are {values.shape[1:]}, expected "
+                    f"{self.shape} of finite numbers; look at the tower's weights and the pictures there."
+                )
+            file.write(values)
+            sums += [zlib.crc32(row) for row in values]
+        file.write(np.array(sums, np.uint32))
+        if len(sums) != len(part):
+            raise ValueError(f"{file.name} was given {len(sums)} rows, expected {len(part)}.")
 
     def _write_about(self) -> None:
         about = self.path / ABOUT
         if not about.exists():
-            temporary = about.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps({"key": dict(self.key), "rows": self.rows, "shape": self.shape}, indent=1))
-            temporary.replace(about)
+            content = json.dumps({"key": dict(self.key), "rows": self.rows, "shape": self.shape}, indent=1)
+            with whole_file(about) as partial:  # several jobs may start at once
+                partial.write_text(content)
 
     def has(self, part: range) -> bool:
         """Whether the file of these rows is there, with as many bytes as it should have."""

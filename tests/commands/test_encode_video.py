@@ -23,6 +23,8 @@ from ahawam_jax.training import data as training_data
 from ahawam_jax.training.data import open_data
 from ahawam_jax.training.loop import train
 from data_pipelines.caches import latent_cache
+from data_pipelines.caches.keys import NOTES
+from data_pipelines.disk import DiskError
 from data_pipelines.loader import make_loader
 from tests.conftest import REPOSITORY
 from tests.data_pipelines import tiny_dataset
@@ -56,7 +58,8 @@ def batches(config: ConfigDict, count: int) -> Iterator[dict[str, np.ndarray]]:
 
 def files(config: ConfigDict) -> dict[str, bytes]:
     root = Path(config.data.latents)
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    found = [path for path in root.rglob("*") if path.is_file() and path.name != NOTES]
+    return {str(path.relative_to(root)): path.read_bytes() for path in found}
 
 
 @pytest.mark.parametrize("clips", [False, True])
@@ -102,8 +105,8 @@ def test_a_killed_job_goes_on(config: ConfigDict, tmp_path: Path) -> None:
     encode_video(config)
     whole = files(config)
     code = (
-        "from data_pipelines import latent_cache; latent_cache.ROWS_PER_FILE = 20\n"
-        "import time; from ahawam_jax import encode_video as e; from tests.tiny_config import get_config\n"
+        "from data_pipelines.caches import latent_cache; latent_cache.ROWS_PER_FILE = 20\n"
+        "import time; from ahawam_jax.commands import encode_video as e; from tests.tiny_config import get_config\n"
         "write = e.Work.write; e.Work.write = lambda *a: (write(*a), print('written', flush=True), time.sleep(0.5))\n"
         f"c = get_config(); c.model.horizon = 12; c.data.update(path={config.data.path!r}, cache='', max_offset=3, "
         f"latents={str(tmp_path / 'killed')!r}, latent_clips=True)\n"
@@ -144,7 +147,7 @@ def test_other_pictures_towers_and_windows_do_not_meet(config: ConfigDict, monke
     # Another distance of frames leaves single frames as they are.
     other.data.latent_clips = False
     list(batches(other, 1))
-    monkeypatch.setattr("ahawam_jax.towers.latents.fingerprint", lambda tower: "another")
+    monkeypatch.setattr("ahawam_jax.training.data.fingerprint", lambda tower: "another")
     with pytest.raises(ValueError, match="holds 0 of 5 files"):
         open_data(config, model, build_text_tower(config.towers, model), BlockTransform())
 
@@ -165,10 +168,10 @@ def test_the_estimate(config: ConfigDict, capsys: pytest.CaptureFixture) -> None
 
 def test_no_room_is_told_before_the_start(config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("ahawam_jax.commands.encode_video.disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match="needs 0.0 GB more, 0.0 GB are free; choose another folder"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(DiskError, match="needs 1.1 MB more, 0.0 MB are free; choose another folder, cache frames"):
         encode_video(config)
-    assert not Path(config.data.latents).exists()
+    assert not list(Path(config.data.latents).glob("*/"))
 
 
 def test_shards_and_folders_are_checked(config: ConfigDict) -> None:
@@ -203,7 +206,7 @@ def test_mixed_sources_read_their_own_latents(config: ConfigDict, dataset: Path,
         encode_video(config)
         model = ModelConfig.create(config.model)
         opened[root] = open_data(config, model, build_text_tower(config.towers, model), BlockTransform())
-    assert len(list(Path(config.data.latents).iterdir())) == 4
+    assert len(list(Path(config.data.latents).glob("*/"))) == 4
     sources = [replace(data.train[0], weight=1.0) for data in opened.values()]
     alone = [next(make_loader([source], training_data.make_windows(config, model), 94, 0)) for source in sources]
     assert not np.array_equal(alone[0]["obs_latents"], alone[1]["obs_latents"])

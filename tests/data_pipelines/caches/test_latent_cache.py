@@ -9,8 +9,10 @@ import pytest
 
 from data_pipelines.caches import latent_cache
 from data_pipelines.caches.latent_cache import LatentFolder, Latents
+from data_pipelines.disk import DiskError
 from data_pipelines.episodes import DatasetError
 from data_pipelines.ownership import OwnedError
+from tests.full_disk import files_end_at
 
 ROWS, SHAPE = 23, (2, 3, 4)
 VALUES = np.random.default_rng(0).normal(size=(ROWS, *SHAPE)).astype(np.float16)
@@ -126,7 +128,21 @@ def test_what_cannot_be_written_is_a_sentence(tmp_path: Path, monkeypatch: pytes
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(latent_cache.os, "fsync", full)
-    with pytest.raises(DatasetError, match="No space left on device.*make room .*what is written is kept"):
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(DiskError, match="its disk is full; make room .* The files before are kept; the same command"):
         write(to, to.parts()[:1])
     assert to.missing() == to.parts()
+
+
+def test_a_full_disk_keeps_the_files_before(tmp_path: Path) -> None:
+    written = folder(tmp_path)
+    first, second = written.parts()[:2]
+    values = np.zeros((len(first), *SHAPE), np.float16)
+    written.write(first, [values])
+    words = "rows-.*bin cannot be written: files may not grow further here; .* The files before are kept; the same"
+    with files_end_at(100), pytest.raises(DiskError, match=words):
+        written.write(second, [values])
+    assert written.has(first) and written.missing()[0] == second
+    assert not list(written.path.glob(".*.partial"))  # the room is given back
+    written.write(second, [values])
+    assert written.has(second)
