@@ -2,6 +2,9 @@
 
 import difflib
 import importlib
+import io
+import os
+import signal
 import sys
 from typing import NamedTuple
 
@@ -54,6 +57,14 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+def _make_output_possible() -> None:
+    """Without a terminal stdout may be closed, and its encoding may lack the letters of an instruction."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command that the first argument names; returns its exit status."""
     argv = sys.argv[1:] if arguments is None else arguments
@@ -81,9 +92,16 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    _make_output_possible()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        print(f"Ctrl-C cannot reach this job, started in the background; to stop it: kill {os.getpid()}",
+              file=sys.stderr, flush=True)  # fmt: skip
     sys.argv = [f"ahawam {name}", *argv[1:]]
     try:
         return int(module.main(argv[1:]) or 0)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
     finally:
         finish_line()  # so that an error gets a line of its own
 

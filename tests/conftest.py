@@ -1,16 +1,39 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests, and what they and the processes that they start find in the environment."""
 
+import atexit
 import os
+import shutil
+import signal
+import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-# Eight virtual devices, for the tests of sharding, and half the compile time, for what then runs for milliseconds.
-# Must be set before anything imports jax.
-QUICK_COMPILE = "--xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILE}"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+def _prepare_environment() -> None:
+    """Of the first process; pytest-xdist's workers inherit it. Must be called before anything imports jax."""
+    # A fifth of the compile time, for what then runs for milliseconds, and eight virtual devices, for the tests of
+    # sharding. Flags of the caller stay.
+    quick = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+    if version("jaxlib").startswith("0.10."):  # 0.12 ends a process at this flag, which it no longer knows
+        quick += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # What one test has compiled no other test, worker or command compiles again. Compiled code is of one machine and
+    # one jaxlib, so the folder begins empty and goes with the run.
+    cache = tempfile.mkdtemp(prefix="ahawam-compiled-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # A job in the background inherits that Ctrl-C is ignored, and so would every process that a test interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _prepare_environment()
+
+ONE_DEVICE = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"  # the later flag counts
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -2,14 +2,19 @@
 
 import ast
 import importlib
+import io
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from absl.testing import flagsaver
 
 from ahawam_jax import __main__ as door
+from data_pipelines.progress import StatusLine
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -23,7 +28,8 @@ def test_every_entry_point_is_a_command() -> None:
     files = [path for folder in folders for path in folder.rglob("*.py") if defines_main(path)]
     modules = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in files}
     assert modules == {command.module for command in door.COMMANDS.values()}
-    for path in (path for folder in ("ahawam_jax", "export", "data_pipelines") for path in Path(folder).rglob("*.py")):
+    houses = [REPOSITORY / name for name in ("ahawam_jax", "export", "data_pipelines")]
+    for path in (path for house in houses for path in house.rglob("*.py")):
         assert path.name == "__main__.py" or "\nif __name__ ==" not in path.read_text(), f"{path} is another door"
 
 
@@ -60,6 +66,48 @@ def test_dashes_and_underscores_are_the_same(capsys: pytest.CaptureFixture[str])
             door.main([name, "--help"])
         assert stop.value.code == 0
         assert "usage: ahawam export-weights" in capsys.readouterr().out.replace(name, "export-weights")
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What every name of a command leads to; its `main` is the test's."""
+    module = SimpleNamespace(main=lambda argv: None)
+    monkeypatch.setattr(door.importlib, "import_module", lambda name: module)
+    return module
+
+
+def test_who_cannot_press_ctrl_c_is_told_what_to_do(
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert door.main(["train"]) == 0 and not capsys.readouterr().err
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as shells start jobs in the background
+    try:
+        assert door.main(["train"]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert f"Ctrl-C cannot reach this job, started in the background; to stop it: kill {os.getpid()}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_output_goes_where_it_can(command: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs without a terminal: stdout that knows ASCII alone, or that was closed."""
+    command.main = lambda argv: print("put the café cup down", flush=True)
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    assert door.main(["doctor"]) == 0 and written.getvalue() == b"put the caf\\xe9 cup down\n"
+    monkeypatch.setattr(sys, "stdout", None)
+    command.main = lambda argv: StatusLine().show("1 of 1", last=True)
+    assert door.main(["doctor"]) == 0
+
+
+def test_ctrl_c_leaves_no_traceback(command: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    command.main = interrupted
+    assert door.main(["record"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "\nstopped\n"
 
 
 def test_data_commands_start_no_jax() -> None:

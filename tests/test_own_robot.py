@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import QUICK_COMPILE, REPOSITORY
+from tests.conftest import ONE_DEVICE, REPOSITORY
 
 PAGE = REPOSITORY / "docs/bring_your_own_robot.md"
 
@@ -15,7 +15,7 @@ def test_the_page_can_be_followed(tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     env = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY),
-        "XLA_FLAGS": QUICK_COMPILE,
+        "XLA_FLAGS": ONE_DEVICE,
     }  # fmt: skip
     outputs = []
     for kind, block in re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL):

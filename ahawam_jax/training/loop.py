@@ -195,7 +195,7 @@ def _train(config: ConfigDict, workdir: Path, owner: Owner | None) -> float:
         config.data.workers,
     )  # fmt: skip
     schedule = learning_rate(optimizer, config.train.steps)
-    log, stop, error = Log(workdir, start, checkpoints), _StopFlag(), float("nan")
+    log, error = Log(workdir, start, checkpoints), float("nan")
     _banner(config, model, data, mesh, start)
 
     def save() -> None:
@@ -206,7 +206,7 @@ def _train(config: ConfigDict, workdir: Path, owner: Owner | None) -> float:
         checkpoints.save(state, run | {"data_position": position})
 
     timer, line = _Timer(start), StatusLine()
-    with sharding.activation_rules(mesh):
+    with sharding.activation_rules(mesh), _StopFlag() as stop:
         if start == config.train.steps:  # nothing left to train: a demo that was stopped later still reports it
             error = _validate(config, data, state, mesh, open_loop_error, tower)
         for step in range(start + 1, config.train.steps + 1):
@@ -275,12 +275,22 @@ def _validate(config, data, state, mesh, open_loop_error, tower) -> float:
 
 
 class _StopFlag:
-    """Turns SIGINT and SIGTERM into a request that the loop honours between two steps; a second SIGINT aborts."""
+    """While it is entered, SIGINT and SIGTERM are a request that the loop honours between two steps; a second aborts.
 
-    def __init__(self) -> None:
+    What the process was started to ignore, as a job in the background ignores SIGINT, it goes on to ignore.
+    """
+
+    def __enter__(self) -> "_StopFlag":
         self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number, handler in self._before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, _: Any) -> None:
         if self.requested:

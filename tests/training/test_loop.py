@@ -15,14 +15,14 @@ from ml_collections import ConfigDict
 
 from ahawam_jax.checkpoints import CheckpointError, Checkpoints
 from ahawam_jax.inference.policy import Policy
-from ahawam_jax.training.loop import Log, train
+from ahawam_jax.training.loop import Log, _StopFlag, train
 from data_pipelines.disk import DiskError
 from data_pipelines.normalization import Normalization
 from data_pipelines.ownership import OwnedError, owned
 from data_pipelines.readers.robocoin import LAYOUTS
 from data_pipelines.readers.subset import load_subset, open_subset
 from data_pipelines.statistics import compute_by_robot
-from tests.conftest import QUICK_COMPILE, REPOSITORY
+from tests.conftest import ONE_DEVICE, REPOSITORY
 from tests.data_pipelines import tiny_dataset
 from tests.data_pipelines import tiny_robocoin as coin
 from tests.tiny_config import get_config
@@ -52,8 +52,7 @@ def config(dataset: Path, cache: Path) -> ConfigDict:
 
 def start(dataset: Path, cache: Path, workdir: Path, *extra: str) -> subprocess.Popen:
     """Training in a process of its own, on one device."""
-    env = {**os.environ, "XLA_FLAGS": QUICK_COMPILE, "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
-           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+    env = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
     command = [
         sys.executable, "-m", "ahawam_jax", "train", "--config=tests/tiny_config.py", f"--workdir={workdir}",
         f"--config.data.path={dataset}", f"--config.data.cache={cache / 'frames'}", *extra,
@@ -116,6 +115,22 @@ def test_interrupt_saves_and_the_same_command_resumes(
     done = len(curve(tmp_path))
     assert f"resuming at step {done}:" in finish(start(dataset, cache, tmp_path, *LENGTH, never))
     assert curve(tmp_path) == curve(uninterrupted)
+
+
+def test_signals_are_taken_for_the_length_of_the_training() -> None:
+    """But for one that was ignored from the start, as SIGINT is in a job in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+    try:
+        with _StopFlag() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.requested
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.requested
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == (signal.SIG_IGN, before[1])
+    finally:
+        signal.signal(signal.SIGINT, before[0])
 
 
 def test_wrong_flags_are_sentences(dataset: Path, cache: Path, tmp_path: Path) -> None:
