@@ -40,12 +40,15 @@ def get_config() -> ConfigDict:
     ))  # fmt: skip
 
     config.optimizer = ConfigDict(dict(
-        learning_rate=1e-3, final_fraction=0.02, warmup_steps=100, b1=0.9, b2=0.95, weight_decay=1e-2,
-        clip_norm=1.0, ema_decay=0.995, accumulate=1,
+        learning_rate=1e-3, final_fraction=0.02, warmup_steps=100, warmup_fraction=0.0, b1=0.9, b2=0.95,
+        weight_decay=1e-2, clip_norm=1.0, ema_decay=0.995, accumulate=1,
     ))  # fmt: skip
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
-    config.train = ConfigDict(dict(steps=3400, log_every=100, validate_every=850, checkpoint_every=850, keep=2))
+    # The length is given in steps or in epochs, the other is 0.
+    config.train = ConfigDict(dict(
+        steps=3400, epochs=0.0, log_every=100, validate_every=850, checkpoint_every=850, keep=2
+    ))  # fmt: skip
 
     # Deployment: the planner is refreshed every `refresh_every` executor calls, `execute` of the 16 actions are run.
     config.policy = ConfigDict(dict(refresh_every=2, steps=10, execute=8, memory=True, routing=True))

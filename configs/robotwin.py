@@ -37,13 +37,13 @@ def get_config() -> ConfigDict:
     ))  # fmt: skip
 
     config.optimizer = ConfigDict(dict(
-        learning_rate=5e-5, final_fraction=0.1, warmup_steps=1000, b1=0.9, b2=0.95, weight_decay=1e-2,
-        clip_norm=1.0, ema_decay=0.0, accumulate=1,
+        learning_rate=5e-5, final_fraction=0.1, warmup_steps=1000, warmup_fraction=0.0, b1=0.9, b2=0.95,
+        weight_decay=1e-2, clip_norm=1.0, ema_decay=0.0, accumulate=1,
     ))  # fmt: skip
 
     config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
     config.train = ConfigDict(dict(
-        steps=60_000, log_every=20, validate_every=2000, checkpoint_every=2000, keep=3
+        steps=60_000, epochs=0.0, log_every=20, validate_every=2000, checkpoint_every=2000, keep=3
     ))  # fmt: skip
     config.policy = ConfigDict(dict(refresh_every=2, steps=10, execute=16, memory=True, routing=True))
     return config

@@ -46,6 +46,7 @@ DATA = {
     "readers": {"episodes", "tfds", "disk", "paths"},
     "caches": {"episodes", "canvas", "progress", "disk", "ownership", "processes", "paths"},
     "statistics": {"episodes", "normalization", "disk", "paths"},
+    "fingerprint": {"episodes", "readers"},
     "windows": {"episodes", "caches", "normalization", "statistics"},
     "loader": {"episodes", "caches", "statistics", "windows", "processes"},
     "simulation": {"progress", "processes"},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import zlib
 from collections.abc import Mapping
 
 import jax
@@ -12,14 +13,16 @@ from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.towers.building import TextTower, VideoTower, fingerprint
 from ahawam_jax.towers.latents import latent_folders, make_canvas, make_windows
 from ahawam_jax.training import sharding
+from ahawam_jax.training.resuming import Record, accept
 from data_pipelines.caches.frame_cache import DecodingFrames, Frames, open_frames
 from data_pipelines.caches.keys import pictures_key
 from data_pipelines.caches.latent_cache import CachedLatents, Latents
 from data_pipelines.episodes import Episodes
+from data_pipelines.fingerprint import changes, describe, hold_out, pair
 from data_pipelines.loader import Source, instructions
 from data_pipelines.normalization import Normalization
 from data_pipelines.readers.subset import open_datasets
-from data_pipelines.statistics import Statistics, compute_by_robot
+from data_pipelines.statistics import Statistics, compute_by_robot, pick_robot, to_lists
 from data_pipelines.windows import WindowConfig
 
 
@@ -31,14 +34,15 @@ class Data:
     validation: list[Source]  # held-out episodes of the same datasets, none where none are held out
     windows: WindowConfig
     statistics: dict[str, Statistics]  # by robot
-    instructions: list[str]
-    context: np.ndarray  # [I, K, X] text tokens of every instruction
-    context_mask: np.ndarray  # [I, K]
+    record: Record  # what a checkpoint says of all this, JSON-ready
+    place: np.ndarray  # int [I] of every instruction of a batch, where its text tokens are
+    context: np.ndarray  # [J, K, X] text tokens of every text that an episode has
+    context_mask: np.ndarray  # [J, K]
 
     def put(self, batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
         """This host's rows of a loader batch on the devices, their instructions replaced by text tokens."""
         rows = {name: x for name, x in batch.items() if name != "instruction"}
-        index = batch["instruction"]
+        index = self.place[batch["instruction"]]
         rows |= {"context": self.context[index], "context_mask": self.context_mask[index]}
         return sharding.put_batch(rows, mesh)
 
@@ -51,35 +55,80 @@ def open_frames_of(dataset: Episodes, config: ConfigDict) -> Frames:
     return DecodingFrames(dataset, canvas)
 
 
-def open_data(config: ConfigDict, model: ModelConfig, text_tower: TextTower, video_tower: VideoTower) -> Data:
-    """Opens config.data and checks that it fits the model; every misfit is one sentence."""
-    datasets = [(part.dataset, part.weight) for part in open_datasets(config.data.path)]
-    canvas = make_canvas(config)
-    for dataset, _ in datasets:
-        dataset.require_cameras(canvas.cameras)
-        _check_fits(dataset, model, config.data.validation_episodes)
+def open_data(
+    config: ConfigDict, model: ModelConfig, text_tower: TextTower, video_tower: VideoTower,
+    before: Record | None = None, accepted: bool = False,
+) -> Data:  # fmt: skip
+    """Opens config.data and checks that it fits the model; every misfit is one sentence.
+
+    before: the record of the run that goes on; its statistics and held-out episodes stay. Whatever else has changed
+    since then is a ValueError, unless `accepted`.
+    """
+    parts, canvas, count = open_datasets(config.data.path), make_canvas(config), config.data.validation_episodes
+    for part in parts:
+        part.dataset.require_cameras(canvas.cameras)
+        _check_fits(part.dataset, model, count)
     windows = make_windows(config, model)
-    how = Normalization(**config.data.normalization, clip=config.data.clip)
-    statistics = compute_by_robot([dataset for dataset, _ in datasets], how)
-    mark = fingerprint(video_tower) if config.data.latents else ""
+    described = [describe(part, canvas.cameras) for part in parts]
+    known = before["data"] if before else []
+    for of_part in described:
+        of_part["held_out"] = hold_out(of_part, count, pair(known, of_part, len(parts)))
+    words = dict.fromkeys(text for of_part in described for text in of_part["texts"])
+    tokens = {text: text_tower.tokens(text) for text in words}
+    mark = fingerprint(video_tower)
+    towers = {"video": mark, "text": {text: _sum(*of_text) for text, of_text in tokens.items()}}
+    record = {"data": described, "towers": towers, "accepted": [], "instructions": list(words)}
+    if before:
+        found = changes(known, described) + _tower_changes(before["towers"], towers)
+        record["accepted"] = before["accepted"] + accept(found, accepted, before["data_position"]["batches"])
+        record["instructions"] = list(dict.fromkeys([*before["instructions"], *words]))
+    statistics = _statistics([part.dataset for part in parts], config, before)
+    record["statistics"] = to_lists(statistics)
+
     train, validation = [], []
-    for dataset, weight in datasets:
+    for part, of_part in zip(parts, described, strict=True):
+        dataset, held_out = part.dataset, of_part["held_out"]
         latents = _open_latents(config, model, dataset, mark) if config.data.latents else None
         frames = None if latents and latents.clips else open_frames_of(dataset, config)
-        count, held_out = len(dataset.lengths), config.data.validation_episodes
-        source = Source(dataset, frames, statistics[dataset.robot], weight, range(count - held_out), latents)
-        train.append(source)
+        rest = sorted({*range(len(dataset.lengths))} - {*held_out})
+        train.append(Source(dataset, frames, statistics[dataset.robot], part.weight, rest, latents))
         if held_out:
-            validation.append(dataclasses.replace(source, episodes=range(count - held_out, count)))
+            validation.append(dataclasses.replace(train[-1], episodes=held_out))
     rows = sum(source.rows for source in validation)
     if 0 < rows < config.data.batch_size:
         raise ValueError(
             f"The episodes held out of {config.data.path} have {rows} rows, fewer than config.data.batch_size "
             f"{config.data.batch_size}; hold out more or none."
         )
-    texts = instructions(train)
-    context, mask = zip(*(text_tower.tokens(text) for text in texts), strict=True)
-    return Data(train, validation, windows, statistics, texts, np.stack(context), np.stack(mask))
+    places = {text: number for number, text in enumerate(tokens)}
+    place = np.array([places.get(text, 0) for text in instructions(train)])  # 0: no episode has it
+    context, mask = zip(*tokens.values(), strict=True)
+    return Data(train, validation, windows, statistics, record, place, np.stack(context), np.stack(mask))
+
+
+def _statistics(datasets: list[Episodes], config: ConfigDict, before: Record | None) -> dict[str, Statistics]:
+    """By robot: those of the run that goes on, and of robots that it did not have."""
+    kept = {robot: pick_robot(before["statistics"], robot) for robot in before["statistics"]} if before else {}
+    how = Normalization(**config.data.normalization, clip=config.data.clip)
+    return kept | compute_by_robot([dataset for dataset in datasets if dataset.robot not in kept], how)
+
+
+def _sum(tokens: np.ndarray, mask: np.ndarray) -> int:
+    return zlib.crc32(mask.tobytes(), zlib.crc32(np.ascontiguousarray(tokens).tobytes()))
+
+
+def _tower_changes(before: Record, now: Record) -> list[str]:
+    """What else the model is shown: a sentence for each tower that is another one."""
+    found = []
+    if before["video"] != now["video"]:
+        found.append("the video tower has other weights or another dtype (config.towers.video_weights)")
+    other = [text for text, tokens in now["text"].items() if before["text"].get(text, tokens) != tokens]
+    if other:
+        found.append(
+            f"the text tokens of {len(other)} of {len(now['text'])} instructions are others "
+            f"(config.towers.text_cache), first those of {other[0]!r}"
+        )
+    return found
 
 
 def _check_fits(dataset: Episodes, model: ModelConfig, held_out: int) -> None:

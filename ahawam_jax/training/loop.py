@@ -18,8 +18,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from ahawam_jax.checkpoint_files import Damage, read_json
-from ahawam_jax.checkpoints import CheckpointError, Checkpoints, find_step
+from ahawam_jax.checkpoints import Checkpoints, find_step
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.towers.building import build_text_tower, build_video_tower
@@ -27,6 +26,7 @@ from ahawam_jax.training import sharding
 from ahawam_jax.training.data import Data, open_data
 from ahawam_jax.training.objective import ObjectiveConfig
 from ahawam_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from ahawam_jax.training.resuming import check_config, check_length, read_record, steps_of, write_config
 from ahawam_jax.training.step import TrainState, create_state, make_train_step
 from ahawam_jax.training.validation import make_open_loop_error
 from data_pipelines.disk import writing
@@ -34,52 +34,13 @@ from data_pipelines.loader import evaluation_batches, make_loader
 from data_pipelines.ownership import Owner, owned
 from data_pipelines.paths import local_path, refuse_addresses
 from data_pipelines.progress import StatusLine, clock, finish_line, say
-from data_pipelines.statistics import describe_losses, to_lists
+from data_pipelines.statistics import describe_losses
 
-# What may differ between a run and its continuation: it changes neither the result nor the checkpoint.
-FREE_FIELDS = (
-    "train.log_every", "train.checkpoint_every", "train.validate_every", "train.keep", "mesh", "data.cache",
-    "data.latent", "data.workers", "policy", "init", "towers.video_weights", "towers.text_cache",
-)  # fmt: skip
 VALIDATION_BATCHES = 4
 
 
 class Interrupted(Exception):
     """Training stopped on request after saving a checkpoint."""
-
-
-def check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Writes the config of a new workdir; of an old one, raises ValueError listing the fields that differ."""
-    path = workdir / "config.json"
-    now = json.loads(config.to_json())
-    if not path.exists():
-        if jax.process_index():
-            return
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(now, indent=1))
-        temporary.replace(path)
-        return
-    try:
-        before, after = _fields(read_json(path)), _fields(now)
-    except Damage as damage:
-        raise CheckpointError(f"{damage}; remove it, and the same command writes it again.") from None
-    changed = [
-        f"{name}: {before.get(name, 'absent')} there, {after.get(name, 'absent')} now"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not name.startswith(FREE_FIELDS)
-    ]
-    if changed:
-        raise ValueError(
-            f"{workdir} belongs to a run with another config; use another --workdir, or the same config to resume:"
-            "\n  " + "\n  ".join(changed)
-        )
-
-
-def _fields(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, x in tree.items() for k, v in _fields(x, f"{prefix}.{key}".removeprefix(".")).items()}
 
 
 class Log:
@@ -149,19 +110,20 @@ def _step(line: str, start: int) -> bool:
         return False
 
 
-def train(config: ConfigDict, workdir: str | Path) -> float:
+def train(config: ConfigDict, workdir: str | Path, accept_changed_data: bool = False) -> float:
     """Trains config into workdir, resuming if it holds a checkpoint. Returns the last open-loop error.
 
+    accept_changed_data: go on although the data are not those that the checkpoint was trained on.
     Raises, in sentences, ValueError for input that does not fit and for a workdir that another process trains in,
     OSError where it cannot be written; Interrupted after SIGINT or SIGTERM.
     """
     workdir = local_path(workdir)
     refuse_addresses(config.to_dict(), "config.")
     with nullcontext() if jax.process_index() else owned(workdir) as owner:
-        return _train(config, workdir, owner)
+        return _train(config, workdir, owner, accept_changed_data)
 
 
-def _train(config: ConfigDict, workdir: Path, owner: Owner | None) -> float:
+def _train(config: ConfigDict, workdir: Path, owner: Owner | None, accept_changed_data: bool) -> float:
     model = AhaWam(ModelConfig.create(config.model))
     objective, optimizer = ObjectiveConfig(**config.objective), OptimizerConfig(**config.optimizer)
     mesh = sharding.make_mesh(config.mesh)
@@ -172,19 +134,25 @@ def _train(config: ConfigDict, workdir: Path, owner: Owner | None) -> float:
             f"{rows}."
         )
     tower = build_video_tower(config.towers, model.config, sharding.replicated(mesh))
-    data = open_data(config, model.config, build_text_tower(config.towers, model.config), tower)
-    check_workdir(workdir, config)
     checkpoints = Checkpoints(workdir, config.train.keep)
+    before = read_record(checkpoints)
+    if before:
+        check_config(before, config, workdir)
+    text_tower = build_text_tower(config.towers, model.config)
+    data = open_data(config, model.config, text_tower, tower, before, accept_changed_data)
+    asked = json.loads(config.to_json())
+    config = config.copy_and_resolve_references()
+    windows = sum(source.rows for source in data.train)
+    config.train.steps = steps_of(config.train, windows, config.data.batch_size, optimizer)
+    if before:
+        check_length(before, config.train.steps, optimizer)
+    write_config(workdir, asked, checkpoints.safe)
 
     tx = make_optimizer(optimizer, config.train.steps)
     key = jax.random.key(config.seed)
     state, layout = initial_state(model, tx, key, optimizer.ema_decay > 0, mesh, checkpoints, config.init)
     start = int(state.step)
-    run = {
-        "config": json.loads(config.to_json()),
-        "statistics": to_lists(data.statistics),
-        "instructions": data.instructions,
-    }
+    run = {"config": asked, "steps": config.train.steps, **data.record}
     step_fn = jax.jit(
         make_train_step(model, tx, objective, optimizer), donate_argnums=0,
         out_shardings=(layout, sharding.replicated(mesh)),

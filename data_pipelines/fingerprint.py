@@ -1,0 +1,180 @@
+"""What a run remembers of its data, and what has changed since then, in words.
+
+Of rows every value counts: they are read for the statistics anyway. Of the files with pictures the size and both ends
+count, where a video has its table of frames: another encoding shows, and 80 GB need not be read. Where a dataset lies
+does not count, nor what no window shows: other cameras, tasks of no episode.
+"""
+
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.readers.subset import Part
+
+DIGITS = 8  # of a checksum
+ENDS = 16_384  # bytes at the start and the end of a file that tell it from another
+EPISODE = ("number of rows", "states", "actions", "instruction")  # what may differ in one
+SUMMED = ("states", "actions")  # of which only a checksum is kept
+
+Record = dict[str, Any]
+
+
+def describe(part: Part, cameras: Sequence[str]) -> Record:
+    """A dataset of a mixture, seen by these cameras, JSON-ready; reads all of its rows.
+
+    name, path, robot, fps, weight; cameras {name: [height, width]}; texts: the instructions that an episode has, in
+    order; held_out: [], indices of episodes. Of each episode: lengths; instructions, places in texts; and, one after
+    the other, checksums: states and actions, of the values; pictures {camera: of its file and the place in it}.
+    Raises DatasetError for damaged rows and files that cannot be read.
+    """
+    dataset = part.dataset
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        episodes = pool.map(lambda e: _episode(dataset, e), range(len(dataset.lengths)))
+        states, actions, texts = zip(*episodes, strict=True)
+        pictures = {camera: _pictures(dataset, camera, pool) for camera in cameras}
+    known = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    return {
+        "name": part.name,
+        "path": str(dataset.root),
+        "robot": dataset.robot,
+        "fps": float(dataset.fps),
+        "weight": float(part.weight),
+        "cameras": {camera: list(dataset.cameras[camera]) for camera in cameras},
+        "pictures": pictures,
+        "texts": list(known),
+        "lengths": dataset.lengths.tolist(),
+        "states": "".join(states),
+        "actions": "".join(actions),
+        "instructions": [known[text] for text in texts],
+        "held_out": [],
+    }
+
+
+def _episode(dataset: Episodes, episode: int) -> tuple[str, str, str]:
+    """Checksums of states and actions, and the instruction."""
+    rows = (dataset.states(episode), dataset.actions(episode))
+    states, actions = (f"{zlib.crc32(np.ascontiguousarray(x, '<f4')):0{DIGITS}x}" for x in rows)
+    return states, actions, dataset.instruction(episode)
+
+
+def _pictures(dataset: Episodes, camera: str, pool: ThreadPoolExecutor) -> str:
+    places = [dataset.picture_file(episode, camera) for episode in range(len(dataset.lengths))]
+    paths = list(dict.fromkeys(path for path, _ in places))
+    sums = dict(zip(paths, pool.map(_ends, paths), strict=True))
+    return "".join(f"{zlib.crc32(place.encode(), sums[path]):0{DIGITS}x}" for path, place in places)
+
+
+def _ends(path: Path) -> int:
+    """Checksum of a file's size, start and end."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(ENDS)
+            file.seek(max(0, size - ENDS))
+            return zlib.crc32(start + file.read(ENDS), size)
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read ({error.strerror}); copy the dataset again.") from error
+
+
+def hold_out(record: Record, count: int, before: Record | None) -> list[int]:
+    """Episodes to keep from training: the last `count`, or, of a dataset that was described `before`, the same ones
+    as then: by their place, or, if they are not there any more, by their rows.
+
+    Raises DatasetError where no episode would be left to train on.
+    """
+    total = len(record["lengths"])
+    if before is None or len(before["held_out"]) != count:
+        chosen = list(range(total - count, total))
+    else:
+        then, now = ([episode[:3] for episode in _episodes(x)] for x in (before, record))  # whatever is said to do
+        moved = {rows: place for place, rows in enumerate(now)}
+        places = (e if now[e : e + 1] == [then[e]] else moved.get(then[e], e) for e in before["held_out"])
+        chosen = sorted({place for place in places if place < total})
+    if len(chosen) >= total:
+        raise DatasetError(f"{record['path']}: all {total} episodes are held out of training; begin a new run on it.")
+    return chosen
+
+
+def changes(before: Sequence[Record], now: Sequence[Record]) -> list[str]:
+    """What is another in the descriptions of a mixture, a sentence each; [] where a run would go on as it began."""
+    if len(before) == len(now) == 1:
+        return list(_of_dataset(before[0], now[0]))
+    old, new = ({record["name"] or record["path"]: record for record in records} for records in (before, now))
+    found = [f"the dataset {name} is missing" for name in old if name not in new]
+    found += [f"the dataset {name} is new" for name in new if name not in old]
+    if not found:
+        if list(old) != list(new):
+            found.append(f"the datasets are in another order: {', '.join(old)} then, {', '.join(new)} now")
+        shares, wanted = _shares(old), _shares(new)
+        found += [
+            f"{name} has weight {new[name]['weight']:g}, had {old[name]['weight']:g}, another share of the mixture"
+            for name in new
+            if shares[name] != wanted[name]
+        ]
+    return found + [line for name in new if name in old for line in _of_dataset(old[name], new[name])]
+
+
+def pair(before: Sequence[Record], record: Record, count: int) -> Record | None:
+    """The description of a dataset among those of a run, out of `count` datasets now."""
+    if len(before) == count == 1:
+        return before[0]
+    return next((old for old in before if old["name"] and old["name"] == record["name"]), None)
+
+
+def _shares(records: Mapping[str, Record]) -> dict[str, Fraction]:
+    total = sum(Fraction(record["weight"]) for record in records.values())
+    return {name: Fraction(record["weight"]) / total for name, record in records.items()}
+
+
+def _of_dataset(before: Record, now: Record) -> Iterator[str]:
+    where = now["path"]
+    for key, what in (("robot", "robot"), ("fps", "number of rows per second"), ("cameras", "list of cameras")):
+        if before[key] != now[key]:
+            yield f"{where}: its {what} was {before[key]!r}, is {now[key]!r}"
+    yield from (f"{where}: {line}" for line in _of_episodes(before, now))
+    if len(before["held_out"]) != len(now["held_out"]):
+        yield f"{where}: {len(before['held_out'])} episodes were held out of training, {len(now['held_out'])} are now"
+
+
+def _of_episodes(before: Record, now: Record) -> Iterator[str]:
+    then, here = _episodes(before), _episodes(now)
+    if then != here and sorted(then) == sorted(here):
+        first = next(e for e, pair in enumerate(zip(then, here, strict=True)) if pair[0] != pair[1])
+        yield f"its episodes are in another order, from episode {first} on"
+    elif len(then) != len(here):
+        same = next((e for e, (old, new) in enumerate(zip(then, here, strict=False)) if old != new), None)
+        which = "the former ones unchanged" if same is None else f"another one from episode {same} on"
+        yield f"it has {len(here)} episodes, had {len(then)}; {which}"
+    else:
+        for place, what in enumerate(EPISODE):
+            values = [[episode[place] for episode in episodes] for episodes in (then, here)]
+            yield from _differing(what, *values, shown=what not in SUMMED)
+        for camera in sorted({*before["pictures"]} & {*now["pictures"]}):
+            yield from _differing(f"pictures of {camera}", *(_split(of["pictures"][camera]) for of in (before, now)))
+
+
+def _differing(what: str, before: Sequence[Any], now: Sequence[Any], shown: bool = False) -> Iterator[str]:
+    """Of a value of each episode; shown: the first two that differ."""
+    other = [episode for episode, (old, new) in enumerate(zip(before, now, strict=True)) if old != new]
+    if other:
+        first = other[0]
+        values = f" ({before[first]!r} then, {now[first]!r} now)" if shown else ""
+        yield f"the {what} changed in {len(other)} of its {len(now)} episodes, first in episode {first}{values}"
+
+
+def _episodes(record: Record) -> list[tuple[int, str, str, str]]:
+    """Of each episode what EPISODE lists, the instruction as text."""
+    states, actions = _split(record["states"]), _split(record["actions"])
+    texts = [record["texts"][number] for number in record["instructions"]]
+    return list(zip(record["lengths"], states, actions, texts, strict=True))
+
+
+def _split(sums: str) -> list[str]:
+    return [sums[i : i + DIGITS] for i in range(0, len(sums), DIGITS)]
