@@ -25,7 +25,8 @@ class WindowConfig:
     horizon: actions trained on.  chunk: actions per executor call.  video_ratio: rows per video frame.
     history_frames: W, remembered frames.  history_stride: rows between them, by default one horizon.
     max_offset: the actions start up to this many rows after the video (delta in 0..max_offset), 0 for none.
-    Released: 64, 16, 8, 6, 64, 0 (65 rows, 9 frames); with offset 80, 16, 8, 6, 80, 15 (97 rows, 13 frames).
+    Released: 64, 16, 8, 6, 64, 0 (65 rows, 9 frames); with offset 80, 16, 8, 6, 80, 15 (97 rows, 13 frames). The
+    paper's offset: 64, 16, 8, 6, 64, 15 (81 rows, 9 frames).
     """
 
     horizon: int = 64
@@ -47,12 +48,12 @@ class WindowConfig:
                 f"max_offset {self.max_offset} must lie in 0..{self.chunk - 1}: one chunk of extra "
                 "rows is loaded for it, a later start would run out of rows."
             )
-        if self.rows % (self.video_ratio * FRAMES_PER_LATENT):
+        if self.video_rows % self._latent_rows:
             raise ValueError(
                 f"{self.rows} action rows at one video frame per {self.video_ratio} give "
                 f"{self.rows / self.video_ratio + 1:g} frames; the video encoder needs 1 + 4 n. "
-                f"Choose horizon {'+ chunk ' if self.max_offset else ''}as a multiple of "
-                f"{self.video_ratio * FRAMES_PER_LATENT}."
+                f"Choose horizon {'or horizon + chunk ' if self.max_offset else ''}as a multiple of "
+                f"{self._latent_rows}."
             )
 
     @property
@@ -61,8 +62,17 @@ class WindowConfig:
         return self.horizon + (self.chunk if self.max_offset else 0)
 
     @property
+    def video_rows(self) -> int:
+        """Rows that the video spans: all that are loaded, or, where these do not make whole latents, the horizon."""
+        return self.rows if self.rows % self._latent_rows == 0 else self.horizon
+
+    @property
+    def _latent_rows(self) -> int:
+        return self.video_ratio * FRAMES_PER_LATENT
+
+    @property
     def video_frames(self) -> int:
-        return self.rows // self.video_ratio + 1
+        return self.video_rows // self.video_ratio + 1
 
     @property
     def chunks(self) -> int:

@@ -1,0 +1,40 @@
+"""Every experiment in configs/ fits together, and the paper's is the paper's."""
+
+import importlib
+
+import pytest
+
+from ahawam_jax.models.config import ModelConfig
+from ahawam_jax.towers.latents import make_canvas, make_windows
+from ahawam_jax.training.objective import ObjectiveConfig
+from ahawam_jax.training.optimizer import OptimizerConfig
+from ahawam_jax.training.resuming import steps_of
+from configs import robotwin, robotwin_paper
+from tests.conftest import REPOSITORY
+
+NAMES = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_fits_together(name: str) -> None:
+    config = importlib.import_module(f"configs.{name}").get_config()
+    model, optimizer = ModelConfig.create(config.model), OptimizerConfig(**config.optimizer)
+    ObjectiveConfig(**config.objective)
+    assert make_windows(config, model).history_frames and make_canvas(config).size
+    assert steps_of(config.train, 10**6, config.data.batch_size, optimizer) > optimizer.warmup(10**4)
+
+
+def test_as_in_the_paper(capsys: pytest.CaptureFixture) -> None:
+    """Table 4, Sections 3.3 and 4.1; the sizes are those of the release."""
+    config, released = robotwin_paper.get_config(), robotwin.get_config()
+    assert config.model == released.model and config.model.horizon == 64
+    objective, optimizer = ObjectiveConfig(**config.objective), OptimizerConfig(**config.optimizer)
+    assert objective.time_law == objective.action_time_law == "logit_normal"
+    assert optimizer.learning_rate == 1e-4 and config.data.batch_size == 512
+    windows = make_windows(config, ModelConfig.create(config.model))
+    assert (windows.max_offset, windows.rows, windows.video_frames, windows.history_stride) == (15, 80, 9, 64)
+    rows = 6_100_000
+    steps = steps_of(config.train, rows, 512, optimizer)
+    assert steps == 59_571 and steps * 512 >= 5 * rows > (steps - 1) * 512
+    assert optimizer.warmup(steps) == 2_979
+    assert "5 epochs of 6,100,000 windows, 512 a step: 59,571 steps, 2,979 of them" in capsys.readouterr().out
