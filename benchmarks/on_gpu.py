@@ -25,7 +25,7 @@ def parts(out: Path, reference: Path, memory_gib: float) -> dict[str, tuple[int,
     layers = [] if memory_gib > GIB_FOR_ALL_LAYERS else ["--layers", "16"]
     return {
         "verify": (240, ["-m", "ahawam_jax", "verify", str(reference)]),
-        "latency": (385, ["-m", "ahawam_jax", "benchmark", "--steps", "2", "10", "--repeats", "16", "--profile",
+        "latency": (375, ["-m", "ahawam_jax", "benchmark", "--steps", "2", "10", "--repeats", "12", "--profile",
                           "--out", str(out / "latency.json")]),
         "train": (180, ["-m", "benchmarks.train_step", "--batch", "8", *layers,
                         "--out", str(out / "train.json")]),

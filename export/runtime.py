@@ -30,9 +30,8 @@ from export.engines.engine import Engine, Engines, current_gpu, open_engines
 from export.engines.onnx_graphs import GRAPHS, make_graphs
 from export.exported import Export, load_export
 from export.manifest import ExportError, read_manifest
+from export.twin.capture import capture
 from export.twin.model import remember
-
-WARM_UP = 3  # runs before a capture: libraries choose kernels and allocate in the first ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,21 +268,11 @@ class DeployedPolicy:
         if stream is None:
             return run
         try:
-            with self._on(stream):
-                for _ in range(WARM_UP):
-                    run()
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                run()
+            replay, _ = capture(run, stream)
         except (RuntimeError, ExportError) as error:
             self._say(f"{name} without a CUDA graph: capturing it failed ({str(error).splitlines()[0]}).")
             return run
         self.backends |= {x: "CUDA graph" for x in graphs if x not in self._engines}
-
-        def replay(_: Callable[[], None] = run) -> None:  # engines and tensors that only `run` holds must live on
-            graph.replay()
-
         return replay
 
     @staticmethod

@@ -70,7 +70,7 @@ EXPORT = {
     "to_tensorrt": {"manifest", "twin", "exported", "engines"},
     "validate": {"manifest", "twin", "exported", "engines", "checks"},
     "evaluate": {"runtime"},
-    "benchmark": {"measure"},
+    "benchmark": {"measure", "twin"},
 }
 HOUSES = {"ahawam_jax": AHAWAM, "data_pipelines": DATA, "export": EXPORT}
 

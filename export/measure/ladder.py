@@ -18,9 +18,8 @@ from torch import Tensor
 from ahawam_jax.models.config import PATCH
 from export.measure.models import BATCH, STAGES, Models, as_cache, tree_tensors
 from export.released.way import Cache, join
+from export.twin.capture import capture
 from export.twin.model import Executor, remember
-
-WARM_UP = 3  # runs before a capture: libraries choose kernels and allocate in the first ones
 
 
 class Call(NamedTuple):
@@ -50,26 +49,19 @@ class Captured:
 
     def __init__(self, run: Callable[..., Any], *inputs: Tensor, priority: int = 0):
         """inputs: become the graph's own, and are read where they are.  priority: of its kernels; -1 goes first."""
-        self.run, self.inputs, self.graph = run, inputs, None  # the graph reads what `run` holds: it must live on
+        self.run, self.inputs, self.replay = run, inputs, None
         if inputs[0].device.type != "cuda":
             self.outputs = run(*inputs)
             return
-        stream = torch.cuda.Stream(priority=priority)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                run(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            self.outputs = run(*inputs)
+        self.replay, self.outputs = capture(lambda: run(*inputs), torch.cuda.Stream(priority=priority))
+        torch.cuda.synchronize()
 
     def __call__(self, *values: Tensor) -> Any:
         """Copies values to the first inputs; the others are read as they are. Outputs lie in the same place always."""
         for place, x in zip(self.inputs, values, strict=False):
             place.copy_(x)
-        if self.graph is not None:
-            self.graph.replay()
+        if self.replay is not None:
+            self.replay()
         else:
             for place, x in zip(tree_tensors(self.outputs), tree_tensors(self.run(*self.inputs)), strict=True):
                 place.copy_(x)

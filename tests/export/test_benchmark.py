@@ -10,9 +10,9 @@ import torch
 
 from ahawam_jax.models.config import ModelConfig
 from export import benchmark
-from export.benchmark import LADDER, MODES, RELEASED, RELEASED_COMPILED, written
 from export.measure.ladder import Call, Ways
 from export.measure.models import STAGES, Models, chunk_bytes, exported_models, random_models, stage_bytes
+from export.measure.tables import LADDER, MODES, RELEASED, RELEASED_COMPILED, written
 
 FLOAT = 4
 
