@@ -10,7 +10,7 @@ The release takes the z-score of every number and cuts it at 5. A cut cannot be 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,19 +137,18 @@ def label(names: Sequence[str], place: int) -> str:
     return f"{place} ({names[place]})" if names else f"dimension {place}"
 
 
-def losses(kind: str, names: Sequence[str], stats: Scaling, cut_share: Callable[[], np.ndarray]) -> Iterator[str]:
+def losses(kind: str, names: Sequence[str], stats: Scaling, ends: np.ndarray, share: np.ndarray) -> Iterator[str]:
     """What normalising takes from the recorded numbers of a `kind`, in sentences; none where it takes nothing.
 
-    cut_share: share of the rows in which a number is cut, float [d]; asked only if one is.
+    ends: least and greatest value of each number, [2, d], towards which a loss grows.  share: of the rows in which it
+    is cut, [d].
     """
-    ends = np.stack([stats["min"], stats["max"]])  # what is lost grows towards them
     span, back = ends[1] - ends[0], recoverable(ends, stats)
     off = np.abs(ends - back)
     worst = off.argmax(0)
     share_lost = off.max(0) / np.maximum(span, np.finfo(np.float64).tiny)
     cut = [int(d) for d in np.argsort(-share_lost, kind="stable") if share_lost[d] > TOLD]
     if cut:
-        share = cut_share()
         told = [
             f"{label(names, d)} in {100 * share[d]:.2g}% of the rows, where {ends[worst[d], d]:.4g} comes back as "
             f"{back[worst[d], d]:.4g}, {off[worst[d], d]:.3g} off"

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import TypeVar
 
@@ -128,12 +128,18 @@ def compute_by_robot(datasets: Iterable[Episodes], how: Normalization = RELEASED
 
 
 def describe_losses(datasets: Iterable[Episodes], statistics: Mapping[str, Statistics]) -> Iterator[str]:
-    """What normalising by `statistics`, by robot, takes from the rows of these datasets, in sentences."""
+    """What normalising by `statistics`, by robot, takes from the rows of these datasets, in sentences.
+
+    The rows need not be those of the statistics.
+    """
     for robot, group in _by_robot(datasets).items():
+        stats = statistics[robot]
+        parts = _of_rows(group, lambda rows, stats=stats: {kind: _cut(rows(kind), stats[kind]) for kind in KINDS})
+        total = sum(dataset.lengths.sum() for dataset in group)
         for kind in KINDS:
-            stats = statistics[robot][kind]
-            names = getattr(group[0], f"{kind}_names")
-            for sentence in normalization.losses(kind, names, stats, partial(_cut_share, group, kind, stats)):
+            low, high, cut = (np.stack(x) for x in zip(*(part[kind] for part in parts), strict=True))
+            names, ends = getattr(group[0], f"{kind}_names"), np.stack([low.min(0), high.max(0)])
+            for sentence in normalization.losses(kind, names, stats[kind], ends, cut.sum(0) / total):
                 yield f"robot {robot!r}: {sentence}" if robot else sentence
 
 
@@ -263,14 +269,9 @@ def _compute(datasets: Sequence[Episodes], how: Normalization) -> Statistics:
     return {kind: reduce(Partial.merge, (part[kind] for part in partials)).finish() | chosen[kind] for kind in KINDS}
 
 
-def _cut_share(datasets: Sequence[Episodes], kind: str, stats: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Share of the rows in which normalising cuts a number, [d]."""
-
-    def cut(rows: Callable[[str], np.ndarray]) -> np.ndarray:
-        x = rows(kind)
-        return (x != normalization.recoverable(x, stats)).sum(0)
-
-    return sum(_of_rows(datasets, cut)) / sum(dataset.lengths.sum() for dataset in datasets)
+def _cut(rows: np.ndarray, stats: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Least and greatest value of rows [n, d], and in how many of them normalising cuts it, each [d]."""
+    return rows.min(0), rows.max(0), (rows != normalization.recoverable(rows, stats)).sum(0)
 
 
 def _of_rows(datasets: Sequence[Episodes], work: Callable[[Callable[[str], np.ndarray]], Result]) -> list[Result]:

@@ -186,7 +186,7 @@ def _jumps(what: str, episodes: Sequence[np.ndarray], names: Sequence[str], numb
 
 def _losses(what: str, episodes: Sequence[np.ndarray], names: Sequence[str]) -> Iterator[str]:
     table = tabulate(what, episodes)
-    yield from losses(what, names, table.stats, lambda: table.cut)
+    yield from losses(what, names, table.stats, np.stack([table.stats["min"], table.stats["max"]]), table.cut)
 
 
 def _far_actions(state: np.ndarray, action: np.ndarray, names: Sequence[str]) -> Iterator[str]:

@@ -48,6 +48,12 @@ def command(share: int, rows: int = 500) -> np.ndarray:
     return x
 
 
+def told(kind: str, names: tuple[str, ...], stats: dict[str, np.ndarray], rows: np.ndarray) -> list[str]:
+    """What is said of these rows."""
+    ends = np.stack([rows.min(0), rows.max(0)])
+    return list(losses(kind, names, stats, ends, (rows != recoverable(rows, stats)).mean(0)))
+
+
 def back(x: np.ndarray, stats: dict[str, np.ndarray]) -> np.ndarray:
     return denormalize(normalize(x, stats), stats)
 
@@ -85,7 +91,7 @@ def test_a_quantile_that_holds_one_value_alone_is_no_way_out() -> None:
     rows = command(4)
     stats = stats_of(rows, "quantile")
     assert back(rows, stats).max() == pytest.approx(5 * STD_FLOOR)
-    (sentence,) = losses("action", ("gripper",), stats, lambda: (rows != recoverable(rows, stats)).mean(0))
+    (sentence,) = told("action", ("gripper",), stats, rows)
     assert "in 0.8% of the rows, where 1 comes back as 0.005" in sentence
     assert back(command(6), stats_of(command(6), "quantile")).max() == pytest.approx(1)
 
@@ -97,7 +103,7 @@ def test_a_number_that_never_changes(rule: str) -> None:
     stats = stats_of(rows, rule)
     assert (normalize(rows, stats) == 0).all() and (back(rows, stats) == np.float32(0.1)).all()
     assert normalize(rows + 1e-3, stats).max() == pytest.approx(1, rel=1e-4) and normalize(rows + 1, stats).max() == 5
-    assert list(losses("action", (), stats, pytest.fail)) == []
+    assert told("action", (), stats, rows) == []
 
 
 def test_small_numbers() -> None:
@@ -105,12 +111,12 @@ def test_small_numbers() -> None:
     rows = np.linspace(-2e-4, 2e-4, 101, dtype=np.float32)[:, None]
     assert np.abs(normalize(rows, stats_of(rows))).max() == pytest.approx(0.2)
     assert np.abs(normalize(rows, stats_of(rows, "min-max"))).max() == 1
-    (sentence,) = losses("state", JOINTS, stats_of(rows), pytest.fail)
+    (sentence,) = told("state", JOINTS, stats_of(rows), rows)
     assert "less than the 0.001 that a z-score divides by" in sentence and "0 (waist) by 0.00012" in sentence
     assert '--config.data.normalization.state="waist=min-max"' in sentence
-    assert list(losses("state", JOINTS, stats_of(rows, "min-max"), pytest.fail)) == []
+    assert told("state", JOINTS, stats_of(rows, "min-max"), rows) == []
     still = np.array([0.7, np.nextafter(np.float32(0.7), np.float32(1))] * 50, np.float32)[:, None]
-    assert list(losses("state", JOINTS, stats_of(still), pytest.fail)) == []  # rounding is no signal
+    assert told("state", JOINTS, stats_of(still), still) == []  # rounding is no signal
 
 
 def test_spans_and_mixed_rules() -> None:
@@ -163,7 +169,7 @@ def test_numbers_without_names_and_a_clip_without_sense() -> None:
     with pytest.raises(DatasetError, match="names 'joint', which 2 numbers are called; give places"):
         choose("joint=min-max", "action", ("joint", "hand", "joint"), 3)
     stats = stats_of(command(1)) | RELEASED.of("action", (), 1)
-    (sentence,) = losses("action", ("a,b",), stats, lambda: np.array([0.002]))
+    (sentence,) = told("action", ("a,b",), stats, command(1))
     assert '"0=min-max"' in sentence
     for clip in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="config.data.clip is .*; expected a number above 0, or 0"):
@@ -255,6 +261,8 @@ def test_a_run_says_what_it_loses_and_how_to_keep_it() -> None:
     assert '--config.data.normalization.action="gripper=min-max"' in sentence and "--config.data.clip" in sentence
     for kept in (Normalization(action="gripper=min-max"), Normalization(clip=0), Normalization(clip=20)):
         assert list(describe_losses(datasets, compute_by_robot(datasets, kept))) == []
+    (sentence,) = describe_losses([recording("piper", 10 * episode(99))], {"piper": stats["other"]})
+    assert "2 (gripper) in 20% of the rows, where 10 comes back as" in sentence  # rows the statistics have not seen
     with pytest.raises(DatasetError, match="names 'hand'"):
         compute_statistics(datasets[0], Normalization(state="hand=min-max"))
 
@@ -264,7 +272,7 @@ def test_the_longest_losses_come_first_and_long_lists_are_cut() -> None:
     for d in range(8):
         rows[: 1 + 5 * d, d] = 1
     stats = Partial.of(rows, 2000).finish() | RELEASED.of("action", (), 8)
-    (sentence,) = losses("action", (), stats, lambda: (rows != recoverable(rows, stats)).mean(0))
+    (sentence,) = told("action", (), stats, rows)
     assert sentence.index("dimension 0 in 0.05%") < sentence.index("dimension 5 in 1.3%")
     assert "dimension 6" not in sentence and "; and 2 more." in sentence and "7=min-max" in sentence
 
