@@ -122,10 +122,12 @@ def test_without_locks_the_process_is_looked_up(without_locks: None, tmp_path: P
         Owner(tmp_path)
     left_by(tmp_path, started="1")  # its number was given to another process since
     Owner(tmp_path).release()
-    ended = subprocess.Popen(["true"])
-    while ownership._start_of(ended.pid):  # a zombie until it is waited for
-        time.sleep(0.01)
-    left_by(tmp_path, process=ended.pid)
+    ended = subprocess.Popen(["sleep", "60"])
+    left_by(tmp_path, process=ended.pid, started=ownership._start_of(ended.pid))
+    with pytest.raises(OwnedError, match=f"process {ended.pid} on"):
+        Owner(tmp_path)
+    ended.kill()
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # a zombie until it is waited for
     Owner(tmp_path).release()
     ended.wait()
 
