@@ -9,10 +9,10 @@ release: absent frames are masked.
 
 import math
 import os
+import re
 import signal
 import sys
-import threading
-import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,6 +24,7 @@ from absl import flags
 from data_pipelines.caches.frame_cache import Frames
 from data_pipelines.caches.latent_cache import CachedLatents
 from data_pipelines.episodes import Episodes
+from data_pipelines.processes import WorkerError, ending, follow_parent
 from data_pipelines.statistics import Statistics
 from data_pipelines.windows import WindowConfig, Windows
 
@@ -116,7 +117,7 @@ def make_loader(
     batches = steps.to_iter_dataset(grain.ReadOptions(threads, threads))
     if not flags.FLAGS.is_parsed():  # grain's workers read flags of their own
         flags.FLAGS.mark_as_parsed()
-    return iter(batches.mp_prefetch(grain.MultiprocessingOptions(workers), _begin_worker))
+    return _OfWorkers(batches.mp_prefetch(grain.MultiprocessingOptions(workers), _begin_worker))
 
 
 def _begin_worker(worker: int, workers: int) -> None:
@@ -124,14 +125,27 @@ def _begin_worker(worker: int, workers: int) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
+    follow_parent()
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+class _OfWorkers(Iterator[Batch]):
+    """Batches of worker processes, which end with this iterator. Raises WorkerError where one of them is gone."""
+
+    def __init__(self, batches: grain.IterDataset) -> None:
+        self._batches = iter(batches)
+        weakref.finalize(self, self._batches.close)
+
+    def __next__(self) -> Batch:
+        try:
+            return next(self._batches)
+        except RuntimeError as error:
+            found = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+            if found is None:
+                raise
+            raise WorkerError(
+                f"A worker process that makes batches {ending(int(found[1]))}. The last checkpoint is kept; the same "
+                "command goes on from there."
+            ) from error
 
 
 def evaluation_batches(

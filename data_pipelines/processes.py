@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
@@ -70,6 +71,7 @@ def follow_parent() -> None:
 @contextmanager
 def out_of_reach_of_ctrl_c() -> Iterator[None]:
     """Processes started in the block never get SIGINT: a terminal sends it to all, and the job answers for all."""
+    resource_tracker.ensure_running()  # else `multiprocessing` starts it with the first process, and unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a mask is inherited, also through exec
     try:
         yield

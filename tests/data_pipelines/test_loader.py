@@ -23,6 +23,7 @@ from data_pipelines.caches.frame_cache import DecodingFrames, open_frames
 from data_pipelines.canvas import Canvas
 from data_pipelines.episodes import Episodes
 from data_pipelines.loader import Batch, Source, evaluation_batches, instructions, make_loader
+from data_pipelines.processes import WorkerError
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.statistics import compute_statistics
 from data_pipelines.windows import WindowConfig, Windows
@@ -382,6 +383,20 @@ def test_workers_make_the_same_batches(dataset: Episodes, root: Path, tmp_path: 
     assert_same(take(make_loader(cached, CONFIG, 4, 0, workers=1), 3), take(make_loader(cached, CONFIG, 4, 0), 3))
     probed = take(make_loader([Source(dataset, Probe(), None)], CONFIG, 4, 0, workers=1), 1)
     assert probed["video"].all()
+
+
+def test_a_killed_worker_is_an_error(root: Path) -> None:
+    before = set(psutil.Process().children())
+    batches = make_loader(mixture(root), CONFIG, BATCH, 5, workers=2)
+    next(batches)
+    workers = [p for p in set(psutil.Process().children()) - before if "spawn_main" in " ".join(p.cmdline())]
+    assert len(workers) == 2
+    workers[0].kill()
+    with pytest.raises(WorkerError, match="that makes batches was killed by SIGKILL.*the same command goes on from"):
+        for _ in range(1000):
+            next(batches)
+    del batches
+    assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
 def test_workers_end_with_the_job(root: Path) -> None:
