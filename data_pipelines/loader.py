@@ -182,7 +182,7 @@ class _Mixture:
     """The windows of all sources; one batch may hold windows of several."""
 
     def __init__(self, sources: Sequence[Source], windows: WindowConfig) -> None:
-        _check_alike(sources)
+        check_alike(sources)
         self.parts = [Windows(s.dataset, s.frames, windows, s.statistics, s.episodes, s.latents) for s in sources]
         counts = [len(source.dataset.instructions) for source in sources]
         self._first_instruction = np.cumsum(counts) - counts
@@ -201,7 +201,7 @@ class _Mixture:
         return batch
 
 
-def _check_alike(sources: Sequence[Source]) -> None:
+def check_alike(sources: Sequence[Source]) -> None:
     """Refuses sources whose samples do not fit into one array, and weights without a meaning."""
     if not sources:
         raise ValueError("A loader needs at least one source.")

@@ -53,7 +53,7 @@ DATA = {
     "recording": {"simulation", "progress", "episodes", "disk", "ownership", "processes", "paths"},
     "inspection": {
         "episodes", "readers", "normalization", "canvas", "windows", "loader", "recording", "progress",
-        "disk",
+        "disk", "tfds",
     },
     "tfds": {"episodes", "readers", "caches", "progress", "disk", "ownership", "paths"},
 }

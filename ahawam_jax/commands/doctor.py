@@ -1,4 +1,4 @@
-"""One page on a dataset: what it holds, what is wrong with it, how fast it decodes."""
+"""One page on a dataset, or on each of a subset file: what it holds, what is wrong with it, how fast it decodes."""
 
 import argparse
 
@@ -9,10 +9,11 @@ from data_pipelines.paths import local_path
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="ahawam doctor",
-        description="One page on a dataset: what it holds, what is wrong with it, how fast it decodes. Problems are "
-        "the sentences that would stop training; with any, the exit status is 1.",
+        description="One page on a dataset, or on each dataset of a subset file: what it holds, what is wrong with "
+        "it, how fast it decodes. Problems are the sentences that would stop training; with any, the exit status is "
+        "1.",
     )
-    parser.add_argument("path", type=local_path, help="folder of a LeRobot or RoboTwin dataset")
+    parser.add_argument("path", type=local_path, help="folder of a dataset, or a subset file (.toml)")
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument("--fast", action="store_true", help="metadata and rows only, no video")
     depth.add_argument("--full", action="store_true", help="decode every frame, not a few of every video")

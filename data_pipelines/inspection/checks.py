@@ -17,6 +17,7 @@ from data_pipelines.loader import THREADS
 from data_pipelines.normalization import RELEASED, label, losses, recoverable
 from data_pipelines.readers.base import BLOCK
 from data_pipelines.readers.lerobot import IMAGE_PREFIX, LeRobot
+from data_pipelines.readers.subset import as_recorded
 from data_pipelines.windows import WindowConfig
 
 WINDOW = WindowConfig()  # the one RoboTwin is trained with
@@ -80,8 +81,8 @@ def check_frames(dataset: Episodes, promised: dict[Path, int], episode: int, cam
     length = int(dataset.lengths[episode])
     warning, codec = "", "JPEG"
     try:
-        if isinstance(dataset, LeRobot):
-            path, _ = dataset.video(episode, IMAGE_PREFIX + camera)
+        if isinstance(as_recorded(dataset)[0], LeRobot):
+            path, _ = dataset.picture_file(episode, camera)
             found, codec = _header(path)
             # The reader names the missing frame when it meets it, so it must come by.
             whole |= found < promised[path]
@@ -100,11 +101,12 @@ def check_frames(dataset: Episodes, promised: dict[Path, int], episode: int, cam
 
 def promised_frames(dataset: Episodes) -> dict[Path, int]:
     """Number of frames that the episodes of a LeRobot dataset need in each of its video files."""
+    recorded, cameras = as_recorded(dataset)
     promised: dict[Path, int] = {}
-    for camera in dataset.cameras if isinstance(dataset, LeRobot) else ():
-        for episode, length in enumerate(dataset.lengths):
+    for camera in cameras if isinstance(recorded, LeRobot) else ():
+        for episode, length in enumerate(recorded.lengths):
             try:
-                path, first = dataset.video(episode, IMAGE_PREFIX + camera)
+                path, first = recorded.video(episode, IMAGE_PREFIX + camera)
             except DatasetError:  # told by check_frames
                 continue
             promised[path] = max(promised.get(path, 0), first + int(length))

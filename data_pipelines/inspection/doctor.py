@@ -1,4 +1,4 @@
-"""One page on a dataset, and whether it can be trained on.
+"""One page on a dataset, or on each of a subset file, and whether it can be trained on.
 
 Exit status 0: fine, with or without warnings.  1: problems, each the sentence that would stop training.
 130: interrupted; the page covers what was looked at until then.
@@ -29,17 +29,22 @@ from data_pipelines.inspection.checks import (
     promised_frames,
     tabulate,
 )
+from data_pipelines.loader import Source, check_alike
 from data_pipelines.normalization import CLIP
 from data_pipelines.progress import Progress, finish_line
 from data_pipelines.readers.lerobot import LeRobotV21, LeRobotV30
 from data_pipelines.readers.opening import open_episodes
+from data_pipelines.readers.robocoin import UnmappableError
 from data_pipelines.readers.robotwin import RobotwinClassic, RobotwinXPolicyLab
+from data_pipelines.readers.subset import Part, as_recorded, check_parts, load_subset
+from data_pipelines.tfds.episodes import Converted
 
 FORMATS = {
     LeRobotV21: "LeRobot v2.1",
     LeRobotV30: "LeRobot v3.0",
     RobotwinClassic: "RoboTwin, classic form",
     RobotwinXPolicyLab: "RoboTwin, XPolicyLab form",
+    Converted: "converted by ahawam convert",
 }
 NEEDED = {"three": CAMERAS, "head": CAMERAS[:1], "mapped": ()}  # cameras that training asks for
 LISTED = 20  # problems and warnings written out
@@ -72,6 +77,13 @@ class Findings:
         if check.codec:
             self.codecs.setdefault(camera, set()).add(check.codec)
 
+    def include(self, other: "Findings", name: str) -> None:
+        """Adds those of a dataset of a mixture; problems name their files, warnings get its name."""
+        for sentence, episodes in other.problems.items():
+            self.problems.setdefault(sentence, []).extend(episodes)
+        self.warnings |= dict.fromkeys(f"{name}: {sentence}" for sentence in other.warnings)
+        self.left += other.left
+
     def healthy(self) -> list[int]:
         """Episodes without any problem."""
         ill = {episode for episodes in self.problems.values() for episode in episodes}
@@ -79,16 +91,59 @@ class Findings:
 
 
 def diagnose(path: Path, cameras: str, fast: bool, full: bool) -> int:
-    """Prints the page on a dataset and returns the exit status.
+    """Prints the page on a dataset, or on every dataset of a subset file, and returns the exit status.
 
     cameras: a key of NEEDED.  fast: no pictures.  full: every frame of every video.
     """
+    findings = Findings()
     try:
-        dataset = open_episodes(path)
+        if path.suffix == ".toml":
+            _examine_subset(path, cameras, fast, full, findings)
+        else:
+            _page(open_episodes(path), NEEDED[cameras], fast, full, findings)
     except DatasetError as error:
-        return _verdict(Findings({str(error): []}), "the metadata")
-    _print(_description(dataset))
-    findings = examine(dataset, NEEDED[cameras], videos=not fast, whole=full)
+        findings.problems[str(error)] = []
+        return _verdict(findings, "the metadata")
+    frames = "every frame" if full else f"{SAMPLED} frames of every video"
+    return _verdict(findings, "metadata and rows" if fast else f"metadata, rows and {frames}")
+
+
+def _examine_subset(path: Path, cameras: str, fast: bool, full: bool, findings: Findings) -> None:
+    """A page on every dataset, and whether they fit together. Raises DatasetError for the file itself."""
+    parts = []
+    for entry in load_subset(path):
+        print(f"\n--- {entry.name}", flush=True)
+        try:
+            part = Part(entry.name, entry.open(), entry.weight)
+        except UnmappableError as error:
+            if entry.if_unmappable == "skip":
+                findings.warnings[f"skipping {entry.name}: {error}"] = None
+            else:
+                findings.problems[str(error)] = []
+            continue
+        except DatasetError as error:
+            findings.problems[str(error)] = []
+            continue
+        parts.append(part)
+        here = Findings()
+        _page(part.dataset, NEEDED[cameras], fast, full, here)
+        findings.include(here, entry.name)
+        if here.left:
+            return
+    if not parts and findings.problems:
+        return
+    try:
+        check_parts(parts, path)
+        check_alike([Source(part.dataset, None, None, part.weight) for part in parts])
+    except ValueError as error:
+        findings.problems[str(error)] = []
+
+
+def _page(dataset: Episodes, cameras: Sequence[str], fast: bool, full: bool, findings: Findings) -> None:
+    """Prints the page on one dataset and adds what is found."""
+    recorded, _ = as_recorded(dataset)
+    _print(_description(dataset, recorded))
+    examine(dataset, cameras, not fast, full, findings)
     if findings.rows_read:
         _print(_tables(dataset, findings.rows_read))
     if not findings.left:
@@ -96,16 +151,13 @@ def diagnose(path: Path, cameras: str, fast: bool, full: bool) -> int:
         if not fast:
             with suppress(KeyboardInterrupt):  # what was found stands without the speed
                 _print(_speeds(dataset, findings))
-    frames = "every frame" if full else f"{SAMPLED} frames of every video"
-    return _verdict(findings, "metadata and rows" if fast else f"metadata, rows and {frames}")
 
 
-def examine(dataset: Episodes, cameras: Sequence[str], videos: bool, whole: bool) -> Findings:
+def examine(dataset: Episodes, cameras: Sequence[str], videos: bool, whole: bool, findings: Findings) -> None:
     """Looks at the rows, and if `videos` at the pictures, of every episode; all frames if `whole`.
 
     cameras: what it must have.
     """
-    findings = Findings()
     try:
         dataset.require_cameras(cameras)
     except DatasetError as error:
@@ -133,16 +185,17 @@ def examine(dataset: Episodes, cameras: Sequence[str], videos: bool, whole: bool
         finish_line()
     finally:
         pool.shutdown(cancel_futures=True)
-    return findings
 
 
 # ---------------------------------------------------------------- the page
-def _description(dataset: Episodes) -> Iterator[str]:
+def _description(dataset: Episodes, recorded: Episodes) -> Iterator[str]:
     rows, lengths = int(dataset.lengths.sum()), dataset.lengths
-    yield f"{dataset.root}: {FORMATS[type(dataset)]}, robot {dataset.robot or 'not recorded'}"
+    form = next((name for kind, name in FORMATS.items() if isinstance(recorded, kind)), type(recorded).__name__)
+    yield f"{dataset.root}: {form}, robot {dataset.robot or 'not recorded'}"
     yield (
         f"episodes      {len(lengths)} of {lengths.min()} to {lengths.max()} rows, {rows} rows together, "
         f"{_duration(rows / dataset.fps)} at {dataset.fps:.5g} rows per second"
+        + ("" if rows == recorded.lengths.sum() else f", left of {recorded.lengths.sum()} at {recorded.fps:.5g}")
     )
     cameras = (f"{camera} {height}x{width}" for camera, (height, width) in dataset.cameras.items())
     yield f"cameras       {', '.join(cameras) or 'none'} (height x width)"

@@ -32,7 +32,7 @@ class Resampled(Episodes):
                 f"{source.root} has {fps:g} rows per second, rate = {rate:g} asks for more: rows can be left out, not "
                 "made up; choose a rate that is at most the lowest of all datasets."
             )
-        self._source, self._ratio = source, 1.0 if same_rate(rate, fps) else fps / rate
+        self.source, self._ratio = source, 1.0 if same_rate(rate, fps) else fps / rate
         self.root, self.robot, self.fps, self.cameras = source.root, source.robot, float(rate), source.cameras
         self.instructions = source.instructions
         self.state_dim, self.action_dim = source.state_dim, source.action_dim
@@ -42,28 +42,28 @@ class Resampled(Episodes):
 
     def _rows(self, episode: int) -> np.ndarray:
         """Rows of the source, ascending."""
-        last = int(self._source.lengths[episode]) - 1
+        last = int(self.source.lengths[episode]) - 1
         count = int(last / self._ratio + 1e-9) + 1  # 1e-9: a quotient that should be whole may be a little below
         return np.minimum(np.floor(np.arange(count) * self._ratio + 0.5).astype(np.int64), last)
 
     def states(self, episode: int) -> np.ndarray:
-        return self._source.states(episode)[self._rows(episode)]
+        return self.source.states(episode)[self._rows(episode)]
 
     def actions(self, episode: int) -> np.ndarray:
-        return self._source.actions(episode)[self._rows(episode)]
+        return self.source.actions(episode)[self._rows(episode)]
 
     def timestamps(self, episode: int) -> np.ndarray:
         return (np.arange(self.lengths[episode]) / self.fps).astype(np.float32)
 
     def instruction_index(self, episode: int) -> int:
-        return self._source.instruction_index(episode)
+        return self.source.instruction_index(episode)
 
     def instruction(self, episode: int) -> str:
-        return self._source.instruction(episode)
+        return self.source.instruction(episode)
 
     def subtasks(self, episode: int) -> list[str]:
         """See `robocoin.subtasks`; the source must have them."""
-        return [self._source.subtasks(episode)[row] for row in self._rows(episode)]
+        return [self.source.subtasks(episode)[row] for row in self._rows(episode)]
 
     def frames(self, episode: int, camera: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         wanted = np.asarray(indices, np.int64)
@@ -72,11 +72,11 @@ class Resampled(Episodes):
                 f"frames of episode {episode}: indices {wanted.min()}..{wanted.max()} asked for, at {self.fps:g} rows "
                 f"per second the episode has rows 0..{self.lengths[episode] - 1}."
             )
-        return self._source.frames(episode, camera, self._rows(episode)[wanted])
+        return self.source.frames(episode, camera, self._rows(episode)[wanted])
 
     def picture_file(self, episode: int, camera: str) -> tuple[Path, str]:
-        path, place = self._source.picture_file(episode, camera)
+        path, place = self.source.picture_file(episode, camera)
         return path, place if self._ratio == 1 else f"{place}, one row of {self._ratio}"
 
     def require_cameras(self, names: Sequence[str]) -> None:
-        self._source.require_cameras(names)
+        self.source.require_cameras(names)

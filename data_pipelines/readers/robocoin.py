@@ -151,48 +151,49 @@ def subtasks(dataset: Episodes, episode: int) -> list[str]:
 class Mapped(Episodes):
     """Another dataset with its vectors in a layout's order and its cameras under the names of the views.
 
-    cameras: {view: camera of the source}, by default `find_cameras`.  robot: name of the embodiment.
+    source: the dataset that is mapped.  cameras: {view: camera of the source}, by default `find_cameras`; kept as
+    `views`.  robot: name of the embodiment.
     Raises UnmappableError where the source does not fit, DatasetError where it lacks a camera of `cameras`.
     """
 
     def __init__(self, source: Episodes, layout: Layout, robot: str, cameras: Mapping[str, str] | None = None) -> None:
         where = f"{source.root} (robot {robot!r})"
-        self._source = source
+        self.source = source
         self._state = layout.places(source.state_names, f"{where}: the state")
         self._action = layout.places(source.action_names, f"{where}: the action")
-        self._cameras = dict(cameras) if cameras is not None else find_cameras(list(source.cameras), where)
-        source.require_cameras(list(self._cameras.values()))
+        self.views = dict(cameras) if cameras is not None else find_cameras(list(source.cameras), where)
+        source.require_cameras(list(self.views.values()))
         self.root, self.robot, self.fps, self.layout = source.root, robot, source.fps, layout
         self.lengths, self.starts, self.instructions = source.lengths, source.starts, source.instructions
-        self.cameras = {view: source.cameras[camera] for view, camera in self._cameras.items()}
+        self.cameras = {view: source.cameras[camera] for view, camera in self.views.items()}
         self.state_names = self.action_names = layout.names
         self.state_dim = self.action_dim = len(layout.names)
 
     def states(self, episode: int) -> np.ndarray:
-        return self._source.states(episode)[:, self._state]
+        return self.source.states(episode)[:, self._state]
 
     def actions(self, episode: int) -> np.ndarray:
-        return self._source.actions(episode)[:, self._action]
+        return self.source.actions(episode)[:, self._action]
 
     def timestamps(self, episode: int) -> np.ndarray:
-        return self._source.timestamps(episode)
+        return self.source.timestamps(episode)
 
     def instruction_index(self, episode: int) -> int:
-        return self._source.instruction_index(episode)
+        return self.source.instruction_index(episode)
 
     def instruction(self, episode: int) -> str:
-        return self._source.instruction(episode)
+        return self.source.instruction(episode)
 
     def subtasks(self, episode: int) -> list[str]:
         """See `subtasks`."""
-        return subtasks(self._source, episode)
+        return subtasks(self.source, episode)
 
     def frames(self, episode: int, camera: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         self.require_cameras([camera])
-        return self._source.frames(episode, self._cameras[camera], indices)
+        return self.source.frames(episode, self.views[camera], indices)
 
     def picture_file(self, episode: int, camera: str) -> tuple[Path, str]:
-        return self._source.picture_file(episode, self._cameras[camera])
+        return self.source.picture_file(episode, self.views[camera])
 
     def require_cameras(self, names: Sequence[str]) -> None:
         missing = [name for name in names if name not in self.cameras]

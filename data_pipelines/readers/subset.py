@@ -97,6 +97,16 @@ def open_subset(entries: Sequence[Entry]) -> tuple[dict[str, Episodes], dict[str
     return opened, skipped
 
 
+def as_recorded(dataset: Episodes) -> tuple[Episodes, list[str]]:
+    """What `Entry.open` built a dataset on, and what its cameras are called there; of any other, itself."""
+    cameras = list(dataset.cameras)
+    while isinstance(dataset, Mapped | Resampled):
+        if isinstance(dataset, Mapped):
+            cameras = [dataset.views[view] for view in cameras]
+        dataset = dataset.source
+    return dataset, cameras
+
+
 def open_datasets(path: str | Path) -> list[Part]:
     """The datasets at a path and their weights: the one in a folder, or all of a subset file (.toml).
 
@@ -108,15 +118,15 @@ def open_datasets(path: str | Path) -> list[Part]:
     opened, skipped = open_subset(entries)
     for name, reason in skipped.items():
         print(f"skipping {name}: {reason}", flush=True)
-    if not opened:
-        raise DatasetError(f"{path}: every dataset was skipped; correct the layouts or cameras of at least one.")
     parts = [Part(entry.name, opened[entry.name], entry.weight) for entry in entries if entry.name in opened]
-    check_rates(parts, path)
+    check_parts(parts, path)
     return parts
 
 
-def check_rates(parts: Sequence[Part], path: str | Path) -> None:
-    """Raises DatasetError where the datasets of a subset file differ in their rows per second."""
+def check_parts(parts: Sequence[Part], path: str | Path) -> None:
+    """Raises DatasetError where a subset file has no dataset left, or some that differ in their rows per second."""
+    if not parts:
+        raise DatasetError(f"{path}: every dataset was skipped; correct the layouts or cameras of at least one.")
     rates = {part.name: part.dataset.fps for part in parts}
     low = min(rates.values())
     if not all(same_rate(rate, low) for rate in rates.values()):

@@ -17,9 +17,11 @@ from data_pipelines.inspection import doctor
 from data_pipelines.loader import Source, make_loader
 from data_pipelines.readers.base import Reader
 from data_pipelines.readers.opening import open_episodes
+from data_pipelines.readers.subset import open_datasets
 from data_pipelines.windows import WindowConfig
 from tests.data_pipelines import corruptions
 from tests.data_pipelines import tiny_dataset as tiny
+from tests.data_pipelines import tiny_robocoin as coin
 from tests.data_pipelines.corruptions import CORRUPTIONS, WRITERS
 
 CONFIG, BATCH = WindowConfig(horizon=8, chunk=4, video_ratio=2, history_frames=1), 32
@@ -201,6 +203,99 @@ def test_progress_goes_to_stderr(
     main([str(healthy["v2.1"])])
     output = capsys.readouterr()
     assert "  5 of 12 checks, " in output.err and "  12 of 12 checks, " in output.err and "checks" not in output.out
+
+
+# ---------------------------------------------------------------- subset files
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the RoboCOIN datasets slow and fast, 25 and 50 rows per second."""
+    folder = tmp_path_factory.mktemp("mixed")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, fps in (("slow", 25), ("fast", 50)):
+            patch.setattr(tiny, "FPS", fps)
+            coin.write_robocoin(folder / name)
+    return folder
+
+
+def subset(folder: Path, *tables: tuple[str, str], head: str = "") -> Path:
+    """A subset file in the folder; each table: the name of a dataset and more lines for it."""
+    text = head + "\n"
+    for name, lines in tables:
+        text += f'[[dataset]]\nname = "{name}"\npath = "{name}"\nweight = 1\nrobot = "bot"\n'
+        text += lines or 'layout = "two_6dof_arms"\n'
+    path = folder / "subset.toml"
+    path.write_text(text)
+    return path
+
+
+def stopped_by(path: Path) -> str:
+    """The sentence with which training would refuse a subset file, "" if it does not."""
+    try:
+        parts = open_datasets(path)
+        sources = [Source(part.dataset, DecodingFrames(part.dataset, Canvas((16, 24))), None) for part in parts]
+        loader = make_loader(sources, CONFIG, BATCH, seed=0)
+        for _ in range(4):
+            next(loader)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_mixture(mixed: Path, capsys: pytest.CaptureFixture) -> None:
+    """A page for each dataset as training sees it: in its layout, at the stated rate."""
+    path = subset(mixed, ("slow", ""), ("fast", ""), head="rate = 25")
+    assert stopped_by(path) == ""
+    status, page = page_of(capsys, path, "--full")
+    assert status == 0 and "problem:" not in page
+    first, second = page.split("--- fast")
+    assert f"{mixed / 'slow'}: LeRobot v2.1, robot bot" in first and "left of" not in first
+    assert "3 of 12 to 20 rows, 48 rows together, 1.9 s at 25 rows per second, left of 94 at 50" in second
+    assert " 6 left_gripper_open_scale" in second and "14 and 14 numbers" in second
+    assert "warning: fast: 3 of 3 episodes have fewer rows than a training window" in page
+    assert "h264" in first and page.endswith("every frame. Fit for training.\n")
+
+
+SEVEN = 'layout = "two_7dof_arms"\n'
+SUBSETS = {
+    "rates": ([("slow", ""), ("fast", "")], "mixes datasets of different rows per second: 25 (slow), 50 (fast)"),
+    "layout": ([("slow", SEVEN), ("fast", "")], "the state lacks left_arm_joint_7_rad"),
+    "all skipped": ([("slow", SEVEN + 'if_unmappable = "skip"\n')], "every dataset was skipped"),
+    "no folder": ([("slow", ""), ("nowhere", "")], "nowhere is not a folder"),
+    "misspelt": ([("slow", "lay = 3\n")], "dataset 1 (slow): unknown lay"),
+}
+
+
+@pytest.mark.parametrize("name", SUBSETS)
+def test_a_mixture_that_would_stop(mixed: Path, capsys: pytest.CaptureFixture, name: str) -> None:
+    """In the very sentence of training."""
+    tables, sentence = SUBSETS[name]
+    path = subset(mixed, *tables)
+    stopped = stopped_by(path)
+    assert sentence in stopped
+    status, page = page_of(capsys, path, "--fast")
+    assert status == 1 and f"problem: {stopped}" in page and "Training would stop." in page
+
+
+def test_a_mixture_that_leaves_one_out(mixed: Path, capsys: pytest.CaptureFixture) -> None:
+    path = subset(mixed, ("slow", ""), ("fast", SEVEN + 'if_unmappable = "skip"\n'))
+    assert stopped_by(path) == ""
+    status, page = page_of(capsys, path, "--fast")
+    assert status == 0 and "warning: skipping fast: " in page and "lacks left_arm_joint_7_rad" in page
+
+
+def test_damage_in_a_mixture(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Rows and videos of every dataset are looked at, videos only of the cameras that are used."""
+    folder = shutil.copytree(mixed, tmp_path / "mixed")
+    path = subset(folder, ("slow", ""), ("fast", ""), head="rate = 25")
+    (video,) = (folder / "fast").rglob("observation.images.cam_head_left_rgb/episode_000001.mp4")
+    corruptions.cut(video, 0.5)
+    stopped = stopped_by(path)
+    status, page = page_of(capsys, path)
+    assert status == 1 and str(video) in stopped and f"problem: {stopped}" in page
+    head = 'layout = "two_6dof_arms"\ncameras = { cam_high = "cam_right_wrist_rgb" }\n'
+    path = subset(folder, ("slow", head), ("fast", head), head="rate = 25")
+    status, page = page_of(capsys, path, "--cameras", "mapped")
+    assert status == 0 and str(video) not in page
 
 
 # ---------------------------------------------------------------- warnings
