@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from data_pipelines import normalization
+from data_pipelines.disk import whole_file
 from data_pipelines.episodes import DatasetError, Episodes
 from data_pipelines.normalization import RELEASED, RULES, Normalization
 from data_pipelines.paths import local_path
@@ -156,9 +157,8 @@ def save_statistics(stats: Statistics, path: str | Path) -> None:
         }
         for kind in KINDS
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(lists, indent=1) + "\n")
-    temporary.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(lists, indent=1) + "\n")
 
 
 def load_statistics(path: str | Path) -> Statistics:

@@ -27,10 +27,12 @@ from ahawam_jax.towers.text_encoder_names import TABLE, text_encoder_tensors
 from ahawam_jax.training.sharding import abstract, activation_rules, batch_sharding, make_mesh, put_batch, shardings
 from ahawam_jax.weights.convert import load
 from ahawam_jax.weights.files import open_weights
+from data_pipelines.disk import writing
 from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress
 from data_pipelines.readers.subset import open_datasets
 
+SAFE = "The prompts before are kept; the same command goes on with those that are missing."
 Loader = Callable[[Mesh], tuple[TextEncoderConfig, Any]]
 
 
@@ -45,7 +47,8 @@ def encode_prompts(
       load: called with the mesh if there is something to do, returns the encoder's config and parameters.
       batch: prompts encoded at once, rounded up to a multiple of the devices.
       shard: which of the prompts are this job's, "I/N".
-    Raises ValueError if the folder belongs to another encoder, or the tokenizer does not fit the encoder.
+    Raises ValueError if the folder belongs to another encoder, or the tokenizer does not fit the encoder; DiskError
+    where the disk takes no more.
     """
     part, parts = parse_shard(shard)
     distinct = list(dict.fromkeys(prompts))[part::parts]
@@ -57,7 +60,8 @@ def encode_prompts(
     if long:
         print(f"longer than {tokenizer.length} tokens, so their tails are lost: {len(long)}, for example {long[0]!r}")
     config, params = load(mesh)
-    claim(folder, fingerprint(config, params, tokenizer))
+    with writing(folder, SAFE):
+        claim(folder, fingerprint(config, params, tokenizer))
     ids, mask = tokenizer(todo)
     if ids.max() >= config.vocab:
         raise ValueError(
@@ -71,8 +75,9 @@ def encode_prompts(
         rows = slice(start, start + batch)
         padding = ((0, batch - len(todo[rows])), (0, 0))  # one size for all batches: one compilation
         tokens = encode(np.pad(ids[rows], padding), np.pad(mask[rows], padding))
-        for i, text in enumerate(todo[rows]):
-            write_entry(folder, text, tokens[i], mask[start + i])
+        with writing(folder, SAFE):
+            for i, text in enumerate(todo[rows]):
+                write_entry(folder, text, tokens[i], mask[start + i])
         progress.add("", len(todo[rows]))
     print(f"wrote {len(todo)} entries of {tokenizer.length} tokens to {folder}; cut: {len(long)}")
     return len(todo)

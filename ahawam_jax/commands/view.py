@@ -4,7 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from data_pipelines.episodes import DatasetError
 from data_pipelines.inspection.viewer import write_view
 from data_pipelines.paths import local_path
 from data_pipelines.readers.opening import open_episodes
@@ -31,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         if not 0 <= chosen.episode <= last:
             parser.error(f"--episode is {chosen.episode}: {chosen.path} has the episodes 0 to {last}")
         write_view(dataset, chosen.episode, out)
-    except DatasetError as error:
-        print(error, file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{out} and {out.with_suffix('.png').name}")
     return 0

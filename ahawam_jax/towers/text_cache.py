@@ -21,6 +21,7 @@ import tokenizers
 from ahawam_jax.towers.text_encoder import TextEncoderConfig
 from ahawam_jax.weights.convert import digest
 from ahawam_jax.weights.torch_file import read_torch, write_torch
+from data_pipelines.disk import whole_file
 from data_pipelines.ownership import owned
 from data_pipelines.paths import local_path
 
@@ -171,9 +172,8 @@ def _claim(path: Path, mark: Mapping[str, str]) -> None:
             f"{folder} has entries but no encoder.json, so nobody knows which encoder wrote them; such a cache can be "
             "read, not extended: write to another folder."
         )
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(dict(mark), indent=1))
-    temporary.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(dict(mark), indent=1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,6 @@
 An mp4, and beside it a png of its middle frame.
 """
 
-import os
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from data_pipelines.disk import whole_file, writing
 from data_pipelines.episodes import Episodes
 from data_pipelines.inspection.curves import Curves, panels_of
 from data_pipelines.progress import Progress
@@ -61,33 +61,35 @@ def write_view(dataset: Episodes, episode: int, out: Path) -> None:
     """Writes the mp4 `out` and a png of the episode's middle row under the same name.
 
     Every camera is read once, forward. Raises DatasetError for what the dataset does not hold, IndexError for an
-    episode that there is not.
+    episode that there is not, DiskError where the disk takes no more.
     """
-    length = int(dataset.lengths[episode])
     page, fps = Page(dataset, episode), Fraction(dataset.fps).limit_denominator(1000)
-    # A name of its own until the video is whole; the ending tells the container.
-    unfinished = out.with_name(f".{out.stem}.{os.getpid()}.mp4")
+    with writing(out, "Nothing of it is kept."):
+        with whole_file(out) as unfinished:
+            still = _write_video(dataset, episode, page, fps, unfinished)
+        with whole_file(out.with_suffix(".png")) as unfinished:
+            still.save(unfinished, "PNG")
+
+
+def _write_video(dataset: Episodes, episode: int, page: Page, fps: Fraction, path: Path) -> Image.Image:
+    """Writes the mp4 and returns the picture of the middle row."""
+    length, video = int(dataset.lengths[episode]), VideoFile(path, fps)
+    progress = Progress(length, "rows", stream=sys.stderr)
     try:
-        video = VideoFile(unfinished, fps)
-        try:
-            progress = Progress(length, "rows", stream=sys.stderr)
-            for low in range(0, length, BATCH):
-                rows = range(low, min(low + BATCH, length))
-                pictures = {camera: dataset.frames(episode, camera, rows) for camera in page.views}
-                pages = [
-                    page.draw(row, {camera: frames[i] for camera, frames in pictures.items()})
-                    for i, row in enumerate(rows)
-                ]
-                if length // 2 in rows:
-                    still = pages[length // 2 - rows[0]]
-                video.append(encode_video(np.stack([np.asarray(image) for image in pages]), fps))
-                progress.add("", len(rows))
-        finally:
-            video.close()
-        unfinished.replace(out)
-        still.save(out.with_suffix(".png"))
+        for low in range(0, length, BATCH):
+            rows = range(low, min(low + BATCH, length))
+            pictures = {camera: dataset.frames(episode, camera, rows) for camera in page.views}
+            pages = [
+                page.draw(row, {camera: frames[i] for camera, frames in pictures.items()})
+                for i, row in enumerate(rows)
+            ]
+            if length // 2 in rows:
+                still = pages[length // 2 - rows[0]]
+            video.append(encode_video(np.stack([np.asarray(image) for image in pages]), fps))
+            progress.add("", len(rows))
     finally:
-        unfinished.unlink(missing_ok=True)
+        video.close()
+    return still
 
 
 def _view_boxes(dataset: Episodes) -> dict[str, tuple[int, int, int, int]]:

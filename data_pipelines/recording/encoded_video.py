@@ -110,7 +110,7 @@ class VideoFile:
     """
 
     def __init__(self, path: Path, fps: float | Fraction) -> None:
-        self._container = av.open(str(path), "w")
+        self._container = av.open(str(path), "w", format="mp4")
         self._stream = None
         self._rate = frame_rate(fps)
         self.frames = 0

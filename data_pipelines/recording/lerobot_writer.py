@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipelines.disk import require_room, writing
 from data_pipelines.ownership import Owner
 from data_pipelines.paths import local_path
 from data_pipelines.recording.encoded_video import (
@@ -44,6 +45,7 @@ _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
 _FILES_PER_CHUNK = 1000
+_TABLES, _TABLES_PER_EPISODE, _INDEX_PER_FRAME = 2**18, 2**13, 2**6  # bytes, at most, of what `close` writes
 _LONGEST_NAME = 255  # bytes, of a folder
 
 
@@ -116,8 +118,10 @@ class LeRobotWriter:
         columns = self._checked_rows(states, actions)
         instruction = _checked_text(instruction, "The instruction", blank=False)
         videos, settings = self._checked_videos(images, len(columns["action"]))
+        self._require_room(columns, videos)
         self._closed = "the last one could not be written whole; close() finishes the episodes before it"
-        self._write(columns, videos, settings, instruction)
+        with writing(self.root, f"The {len(self._episodes)} episodes before are kept: {self._closed}."):
+            self._write(columns, videos, settings, instruction)
         self._closed = ""
 
     def close(self) -> None:
@@ -222,6 +226,19 @@ class LeRobotWriter:
         return videos, settings
 
     # ---------------------------------------------------------------- files
+    def _require_room(self, columns: dict[str, np.ndarray], videos: dict[str, EncodedVideo]) -> None:
+        """Refuses an episode for which there is no room, while there still is some to finish those before it.
+
+        A video whose writing failed cannot be finished, and the episodes before are in the same file.
+        """
+        content = sum(len(video.mp4) for video in videos.values()) + sum(x.nbytes for x in columns.values())
+        before = self._episodes[-self.episodes_per_file :]
+        frames = len(columns["index"]) + sum(episode["length"] for episode in before)
+        tables = _TABLES + _TABLES_PER_EPISODE * len(self._episodes) + _INDEX_PER_FRAME * frames * len(videos)
+        count = len(self._episodes)
+        advice = f"make room and hand the episode in again, or call close(), which finishes the {count} before it"
+        require_room(self._partial, content + tables, advice)
+
     def _write(
         self, columns: dict[str, np.ndarray], videos: dict[str, EncodedVideo], settings: dict[str, bytes],
         instruction: str,

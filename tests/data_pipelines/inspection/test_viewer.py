@@ -15,6 +15,7 @@ from data_pipelines.inspection.curves import Curves, Panel, _ticks, panels_of
 from data_pipelines.readers.opening import open_episodes
 from tests.data_pipelines import tiny_dataset as tiny
 from tests.data_pipelines.readers import test_robotwin as robotwin
+from tests.full_disk import files_end_at
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +192,14 @@ def test_long_names_are_cut() -> None:
     text = view._fitted("a" * 500, 22, 300)
     assert text.endswith("aaa...") and view._font(22).getlength(text) <= 300
     assert view._fitted("lift", 22, 300) == "lift"
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tiny.write_dataset(tmp_path / "set")
+    out = tmp_path / "film.mp4"
+    for size in (100, 20_000):  # of the video's beginning, and of what its end adds
+        with files_end_at(size):
+            assert main([str(root), "--episode", "1", "--out", str(out)]) == 1
+        words = capsys.readouterr().err.splitlines()[-1]
+        assert words.startswith(f"error: {out} cannot be written: files may not grow") and words.endswith("is kept.")
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]

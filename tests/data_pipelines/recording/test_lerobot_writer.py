@@ -8,17 +8,20 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipelines.disk import DiskError
 from data_pipelines.episodes import DatasetError
 from data_pipelines.ownership import OwnedError
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.recording.encoded_video import EncodedVideo, VideoFile, encode_video, frame_rate
 from data_pipelines.recording.lerobot_writer import LeRobotWriter, discard_unfinished
+from tests.full_disk import files_end_at
 
 NAMES, KEY = ("waist", "gripper"), "observation.images.cam_high"
 CAMERAS = {KEY: (32, 48)}
@@ -348,6 +351,28 @@ def test_a_place_that_is_taken(tmp_path: Path) -> None:
     (tmp_path / "set").rmdir()
     out.close()
     check(tmp_path / "set", [(*episode(), "lift")], Fraction(25))
+
+
+def test_an_episode_without_room_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused while there is room to finish those before it, and taken once there is room."""
+    written = [(*episode(n), "lift") for n in range(3)]
+    out = make(tmp_path / "set")
+    out.add_episode(*written[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=200_000))
+        with pytest.raises(DiskError, match="needs 0.3 MB more, 0.2 MB are free; make room .* finishes the 1 before"):
+            out.add_episode(*written[1])
+    for one in written[1:]:
+        out.add_episode(*one)
+    out.close()
+    check(tmp_path / "set", written, Fraction(25))
+
+
+def test_a_disk_that_fails_in_the_midst_is_a_sentence(tmp_path: Path) -> None:
+    out = make(tmp_path / "set")
+    words = "set cannot be written: files may not grow.*The 0 episodes before are kept: .* close.. finishes the ep"
+    with files_end_at(100), pytest.raises(DiskError, match=words):
+        out.add_episode(*episode(), "lift")
 
 
 def test_an_episode_that_could_not_be_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
