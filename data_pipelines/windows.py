@@ -25,6 +25,7 @@ class WindowConfig:
     horizon: actions trained on.  chunk: actions per executor call.  video_ratio: rows per video frame.
     history_frames: W, remembered frames.  history_stride: rows between them, by default one horizon.
     max_offset: the actions start up to this many rows after the video (delta in 0..max_offset), 0 for none.
+    memory_anchor: the episode's first row is always among the history, see `anchored`.
     Released: 64, 16, 8, 6, 64, 0 (65 rows, 9 frames); with offset 80, 16, 8, 6, 80, 15 (97 rows, 13 frames). The
     paper's offset: 64, 16, 8, 6, 64, 15 (81 rows, 9 frames).
     """
@@ -35,6 +36,7 @@ class WindowConfig:
     history_frames: int = 6
     history_stride: int | None = None
     max_offset: int = 0
+    memory_anchor: bool = False
 
     def __post_init__(self) -> None:
         if self.history_stride is None:
@@ -153,6 +155,8 @@ class Windows:
         video = start[:, None] + c.video_ratio * np.arange(c.video_frames)
         chunk_starts = (start + delta)[:, None] + c.chunk * np.arange(c.chunks)
         history = start[:, None] - c.history_stride * np.arange(c.history_frames, 0, -1)
+        if c.memory_anchor:
+            history = anchored(history, start)
 
         numbers, table = self._chosen[episode], np.minimum(rows, last)
         # Rows before pictures: what is wrong with an episode is told in the same sentence every time.
@@ -211,6 +215,17 @@ class Windows:
             name: part.reshape(*rows.shape, *flat.shape[1:])
             for (name, rows), part in zip(groups.items(), parts, strict=True)
         }
+
+
+def anchored(history: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """History rows int [B, W] of windows from row `start` [B] on, with the episode's first row, 0, among them.
+
+    Rows below 0 stand for none. Where row 0 is missing it goes in front of the others, or, where all slots are taken,
+    in place of the oldest. A window that starts at row 0 has no earlier frame.
+    """
+    missing = (start > 0) & (history != 0).all(1)
+    front = np.maximum((history < 0).sum(1) - 1, 0)
+    return np.where(missing[:, None] & (np.arange(history.shape[1]) == front[:, None]), 0, history)
 
 
 def _gather(latents: Latents, rows: np.ndarray) -> np.ndarray:

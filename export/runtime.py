@@ -165,7 +165,7 @@ class DeployedPolicy:
         names = ("memory_k", "memory_v", "valid", "k", "v")
         with self._on(self._streams[1]):
             self._plan()
-            remember(*(self._buffers[f"planner.{name}"] for name in names), state.refreshes)
+            remember(*(self._buffers[f"planner.{name}"] for name in names), state.refreshes, self.model.memory_anchor)
             done = torch.cuda.Event() if self._streams[1] else None
             if done is not None:
                 done.record()

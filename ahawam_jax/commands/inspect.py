@@ -190,9 +190,10 @@ def inspect_config(config: ModelConfig) -> None:
     for name, count in counts.items():
         print(f"{name:24s}{count:>16,d}  {count / total:6.1%}")
     print(f"{'total':24s}{total:>16,d}  {total * 4 / 2**30:.1f} GiB in float32, {total * 2 / 2**30:.1f} in bfloat16")
+    anchor = ", the episode's first always one of them" if config.memory_anchor else ""
     print(
         f"{config.num_layers} layers, {config.num_heads} heads of {config.head_dim}; horizon {config.horizon}, "
-        f"{config.num_chunks} chunks of {config.chunk}; memory {config.memory_frames} frames; predicts "
+        f"{config.num_chunks} chunks of {config.chunk}; memory {config.memory_frames} frames{anchor}; predicts "
         f"{config.prediction}"
     )
 

@@ -67,13 +67,13 @@ class AhaWam(nn.Module):
     def refresh(
         self, latents: jax.Array, position: jax.Array, text: jax.Array, text_mask: jax.Array, memory: PlannerMemory
     ) -> tuple[PlannerContext, PlannerMemory]:
-        """One planner refresh at deployment: the new frame reads the memory, then joins it.
+        """One planner refresh at deployment: the new frame reads the memory, then joins it (Eq. 13).
 
         latents [B, c, 1, h, w], position [B] -> context [L, B, 1, S, N, H] and the memory for the next refresh.
         """
         position = position[:, None]
         out = self.plan(latents, jnp.zeros(position.shape), position, text, text_mask, memory)
-        return out.context, memory.push(out.context)
+        return out.context, memory.push(out.context, self.config.memory_anchor)
 
     def route(self, context: PlannerContext, observation_latents: jax.Array) -> PlannerContext:
         """OVCR (Eq. 8-10): context [L, B, 1, S, N, H], latents [B, C, c, 1, h, w] -> [L, B, C, S, N, H]."""

@@ -35,6 +35,7 @@ class ModelConfig:
     chunk: int = 16  # actions the executor denoises at once
     horizon: int = 64  # actions of one training window, C = horizon / chunk chunks
     memory_frames: int = 6  # W
+    memory_anchor: bool = False  # the episode's first frame stays in memory, the other W - 1 frames slide
     video_ratio: int = 8  # control steps between two video frames
     norm_eps: float = 1e-6
     prediction: str = "velocity"  # what the executor's head outputs: "velocity" or the clean "sample"

@@ -22,7 +22,10 @@ class PlannerContext:
 
 @flax.struct.dataclass
 class PlannerMemory:
-    """FIFO of the newest W frames, oldest first, right-aligned: slots without a frame are at the front."""
+    """FIFO of the newest W frames, oldest first, right-aligned: slots without a frame are at the front.
+
+    With an anchor (`ModelConfig.memory_anchor`) the episode's first frame stays, and the other slots are the FIFO.
+    """
 
     context: PlannerContext  # k, v [L, B, W, S, N, H]
     valid: jax.Array  # [B, W] bool
@@ -34,11 +37,18 @@ class PlannerMemory:
         zeros = jnp.zeros((layers, batch, frames, *rest), context.k.dtype)
         return cls(PlannerContext(zeros, zeros), jnp.zeros((batch, frames), bool))
 
-    def push(self, context: PlannerContext) -> "PlannerMemory":
-        """Appends one frame (F = 1) and drops the oldest. Pure: returns a new memory."""
-        k, v = (
-            jnp.concatenate([old[:, :, 1:], new.astype(old.dtype)], 2)
-            for old, new in ((self.context.k, context.k), (self.context.v, context.v))
+    def push(self, context: PlannerContext, anchor: bool = False) -> "PlannerMemory":
+        """Appends one frame (F = 1) and drops the oldest. Pure: returns a new memory.
+
+        anchor: the first frame of all is kept, and the oldest of the others dropped.
+        """
+        moved = jax.tree.map(
+            lambda old, new: jnp.concatenate([old[:, :, 1:], new.astype(old.dtype)], 2), self.context, context
         )
+        if anchor:
+            full = self.valid[:, 0, None, None, None]  # slots are filled from the back
+            moved = jax.tree.map(
+                lambda old, new: new.at[:, :, 0].set(jnp.where(full, old[:, :, 0], new[:, :, 0])), self.context, moved
+            )
         new = jnp.ones((self.valid.shape[0], 1), bool)
-        return PlannerMemory(PlannerContext(k, v), jnp.concatenate([self.valid[:, 1:], new], 1))
+        return PlannerMemory(moved, jnp.concatenate([self.valid[:, 1:], new], 1))

@@ -28,7 +28,7 @@ def make_windows(config: ConfigDict, model: ModelConfig) -> WindowConfig:
     """Geometry of the windows of config.data for this model."""
     return WindowConfig(
         model.horizon, model.chunk, model.video_ratio, model.memory_frames, config.data.history_stride,
-        config.data.max_offset,
+        config.data.max_offset, model.memory_anchor,
     )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ class Subject:
                 inputs |= dict(zip(("memory_k", "memory_v", "valid"), memory, strict=True))
             made = {name: x.cpu() for name, x in self.call(call.graph, inputs, self.words(call.graph, text)).items()}
             if call.graph == "planner":
-                remember(*memory, made["k"], made["v"], refreshes)
+                remember(*memory, made["k"], made["v"], refreshes, self.export.model.memory_anchor)
                 refreshes += 1
             known |= made
             outputs.append(made)

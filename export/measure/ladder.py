@@ -228,7 +228,7 @@ class Ways:
 
     # ------------------------------------------------------------------------------------------------------- refreshes
     def released_refresh(self, compiled: bool) -> Refresh:
-        """Memory: a list of frames, the oldest dropped."""
+        """Memory: a list of frames, the oldest dropped, or the second oldest where the first stays."""
         m = self.models
         prefill = self._compile(m.released.prefill) if compiled else m.released.prefill
         memory = [as_cache(m.memory_k[:, :, i], m.memory_v[:, :, i]) for i in range(m.memory_k.shape[2])]
@@ -238,14 +238,15 @@ class Ways:
             factors = m.released.video_factors(frame, rows, columns).to(m.device)
             cache = prefill(latents, factors, m.text, m.text_mask, join(memory))
             memory.append(cache)
-            memory.pop(0)
+            memory.pop(int(m.config.memory_anchor))
             return zip_cache(cache)
 
         return refresh
 
     def twin_refresh(self, compiled: bool, graph: bool) -> Refresh:
         """Memory: a ring in fixed buffers."""
-        m, count = self.models, 0
+        m = self.models
+        count = m.config.memory_frames  # it is full
         memory_k, memory_v = own(m.memory_k, m.memory_v)
         valid = torch.ones(memory_k.shape[1:3], dtype=torch.bool, device=m.device)
         run = self.planning(compiled, memory_k, memory_v, valid)
@@ -256,7 +257,7 @@ class Ways:
             nonlocal count
             turn = (x.to(m.device) for x in m.planner.rotary(np.full(BATCH, frame)))
             k, v = run(latents, *turn)
-            remember(memory_k, memory_v, valid, k, v, count)
+            remember(memory_k, memory_v, valid, k, v, count, m.config.memory_anchor)
             count += 1
             return k, v
 

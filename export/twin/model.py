@@ -139,12 +139,19 @@ def empty_memory(
     return k, v, torch.zeros(shape[1:3], dtype=torch.bool, device=device)
 
 
-def remember(memory_k: Tensor, memory_v: Tensor, valid: Tensor, k: Tensor, v: Tensor, refresh: int) -> None:
+def remember(
+    memory_k: Tensor, memory_v: Tensor, valid: Tensor, k: Tensor, v: Tensor, refresh: int, anchor: bool
+) -> None:  # fmt: skip
     """Puts frame number `refresh` (0, 1, ...) of an episode, k and v [L, B, S, N, H], in place of the oldest one.
 
     In place, so that the buffers of a captured graph keep their addresses: the memory is a ring, and nothing shifts.
+    anchor (`ModelConfig.memory_anchor`): frame 0 keeps slot 0, and the ring is that of the other slots.
     """
-    slot = refresh % valid.shape[1]
+    kept = int(anchor and refresh > 0)
+    ring = valid.shape[1] - kept
+    if not ring:
+        return
+    slot = kept + (refresh - kept) % ring
     memory_k[:, :, slot] = k
     memory_v[:, :, slot] = v
     valid[:, slot] = True

@@ -1,8 +1,11 @@
 """Windows against a slow reimplementation, row by row, of what a sample holds."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from data_pipelines.caches.latent_cache import CachedLatents
 from data_pipelines.episodes import Episodes
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.statistics import compute_statistics
@@ -15,6 +18,12 @@ RELEASED = WindowConfig()
 RELEASED_OFFSET = WindowConfig(horizon=80, max_offset=15)
 PAPER = WindowConfig(max_offset=15)  # 80 rows are no whole number of latents: the video spans the horizon
 VIDEO_ROWS = {PLAIN: 8, OFFSET: 16, RELEASED: 64, RELEASED_OFFSET: 96, PAPER: 64}
+NEAR = replace(PLAIN, history_stride=1)
+ANCHORED = {
+    replace(config, history_frames=w, memory_anchor=True): rows
+    for w, config, rows in ((1, PLAIN, 8), (2, OFFSET, 16), (3, PLAIN, 8), (6, OFFSET, 16), (4, NEAR, 8))
+}
+VIDEO_ROWS |= ANCHORED
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +61,22 @@ def slow_window(
     w["proprio"] = [dataset.states(episode)[row(r)] for r in rows]
     w["action_is_pad"] = [r >= length for r in rows]
     past = [start - c.history_stride * j for j in range(c.history_frames, 0, -1)]
-    w["history"] = [canvas(r) if r >= 0 else np.zeros_like(frames[0]) for r in past]
-    w["video_history_frame_indices"] = [r // c.video_ratio if r >= 0 else 0 for r in past]
-    w["video_history_valid_len"] = sum(r >= 0 for r in past)
+    past = [r for r in past if r >= 0]
+    if c.memory_anchor and start > 0 and 0 not in past:
+        if len(past) == c.history_frames:
+            past.pop(0)
+        past.insert(0, 0)
+    none = c.history_frames - len(past)
+    w["history"] = [np.zeros_like(frames[0])] * none + [canvas(r) for r in past]
+    w["video_history_frame_indices"] = [0] * none + [r // c.video_ratio for r in past]
+    w["video_history_valid_len"] = len(past)
     w["action_offset"], w["instruction"] = delta, tiny.TASKS[episode]
     return w
 
 
-@pytest.mark.parametrize("config", VIDEO_ROWS, ids=["plain", "offset", "64", "80", "paper"])
+@pytest.mark.parametrize("config", VIDEO_ROWS, ids=["plain", "offset", "64", "80", "paper", *(
+    f"anchor in {config.history_frames}" for config in ANCHORED
+)])  # fmt: skip
 def test_every_window(dataset: Episodes, frames: np.ndarray, config: WindowConfig) -> None:
     windows = Windows(dataset, frames, config)
     places = [(e, s) for e, length in enumerate(tiny.LENGTHS) for s in range(length)]
@@ -117,6 +134,35 @@ def test_padding_and_history_at_the_ends(dataset: Episodes, frames: np.ndarray) 
     assert not batch["history"][0].any() and not batch["history"][1, 0].any()
     np.testing.assert_array_equal(batch["history"][1, 1:], frames[tiny.LENGTHS[0] + np.array([1, 9])])
     np.testing.assert_array_equal(batch["action"][2], np.repeat(dataset.actions(1)[-1:], 8, 0))
+
+
+def test_the_first_frame_stays_in_the_history(dataset: Episodes, frames: np.ndarray) -> None:
+    """By hand: three history frames 8 rows apart, episode 1 with rows 0..22 and episode 0 with 40."""
+    windows = Windows(dataset, frames, replace(PLAIN, memory_anchor=True))
+    batch = windows.gather([tiny.LENGTHS[0] + row for row in (0, 1, 8, 9, 16, 22)] + [24, 25, 39], [0] * 9)
+    assert batch["video_history_valid_len"].tolist() == [0, 1, 1, 2, 2, 3, 3, 3, 3]
+    assert batch["video_history_frame_indices"][:, -2:].tolist() == [
+        [0, 0], [0, 0], [0, 0], [0, 0], [0, 4], [3, 7], [4, 8], [4, 8], [11, 15]
+    ]  # fmt: skip
+    assert not batch["video_history_frame_indices"][:, 0].any()  # row 0, or no frame
+    for place, slot in ((1, 2), (2, 2), (3, 1), (4, 1), (5, 0)):
+        np.testing.assert_array_equal(batch["history"][place, slot], frames[tiny.LENGTHS[0]])
+        assert not batch["history"][place, :slot].any()
+    for place in (6, 7, 8):
+        np.testing.assert_array_equal(batch["history"][place, 0], frames[0])
+
+
+def test_history_latents_are_those_of_the_history(dataset: Episodes, frames: np.ndarray) -> None:
+    """Also of the first frame: a cache holds the latent of every row alone."""
+    latents = frames[:, :2, :2].astype(np.float16).transpose(0, 3, 1, 2)
+    for config in (PLAIN, *ANCHORED):
+        index = np.arange(len(frames))
+        pictures = Windows(dataset, frames, config).gather(index, 0 * index)
+        batch = Windows(dataset, frames, config, latents=CachedLatents(latents)).gather(index, 0 * index)
+        want = pictures["history"][:, :, :2, :2].astype(np.float16).transpose(0, 1, 4, 2, 3)[:, :, :, None]
+        np.testing.assert_array_equal(batch["history_latents"], want)
+        for name in ("video_history_valid_len", "video_history_frame_indices"):
+            np.testing.assert_array_equal(batch[name], pictures[name])
 
 
 def test_subset_of_episodes(dataset: Episodes, frames: np.ndarray) -> None:

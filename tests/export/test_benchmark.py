@@ -1,5 +1,6 @@
 """The benchmark runs from end to end at a tiny size; what it prints, writes and counts is right. Nothing is timed."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +143,19 @@ def test_new_inputs_reach_every_way(models: Models) -> None:
         for name, chunk in chunks.items():
             for call, expected in zip((first, second, first), want, strict=True):
                 torch.testing.assert_close(chunk(call), expected, rtol=2e-5, atol=5e-5, msg=str(name))
+
+
+@pytest.mark.parametrize("anchor", [False, True])
+def test_every_way_remembers_the_same_frames(models: Models, anchor: bool) -> None:
+    """More refreshes than the memory has slots, released list against ring; the first frame stays, or goes."""
+    with torch.no_grad():
+        kept = dataclasses.replace(models, config=dataclasses.replace(models.config, memory_anchor=anchor))
+        ways = Ways(kept, benchmark.make_calls(models, 1)[0], "default", "eager")
+        released, twin = ways.released_refresh(False), ways.twin_refresh(compiled=False, graph=False)
+        for frame in range(models.config.memory_frames + 2):
+            latents = torch.randn(ways.latents.shape, generator=torch.Generator().manual_seed(frame))
+            for want, got in zip(released(latents, frame), twin(latents, frame), strict=True):
+                torch.testing.assert_close(got.flatten(-2), torch.stack(want), rtol=2e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("name", ["plain_export", "robotwin_export"])

@@ -1,5 +1,6 @@
 """The deployed policy does what the JAX policy does, and keeps its word about engines, states and batches."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,13 @@ import jax
 import numpy as np
 import pytest
 import torch
+from ml_collections import ConfigDict
 
-from ahawam_jax.inference.policy import Policy
+from ahawam_jax.inference.policy import Policy, PolicyConfig, load_run
+from ahawam_jax.models.aha_wam import AhaWam
 from data_pipelines.canvas import CAMERAS
 from export import runtime
+from export.exported import load_export
 from export.manifest import ExportError
 from export.runtime import DeployedPolicy
 from export.to_torch import convert
@@ -73,6 +77,23 @@ def test_acts_as_jax_does(run: Path, exported: Path, same_noise: None, batch: in
     policy = DeployedPolicy.load(exported, device="cpu", **changes)
     assert_close(drive(policy, batch, 7), expected, TOLERANCE)
     assert policy.backends == dict.fromkeys(("vae", "planner", "router", "executor"), "eager")
+
+
+@pytest.mark.parametrize("changes", [{"refresh_every": 1}, {"refresh_every": 1, "memory": False}])
+def test_keeps_the_first_frame_as_jax_does(run: Path, exported: Path, same_noise: None, changes: dict) -> None:
+    """Two episodes of five refreshes, memory of two: the second begins with its own first frame."""
+    model, params, record = load_run(run)
+    config, export = ConfigDict(record["config"]), load_export(exported)
+    anchored = dataclasses.replace(model.config, memory_anchor=True)
+    settings = PolicyConfig(steps=1, execute=4, **changes)
+    ours = Policy(AhaWam(anchored), params, config, export.statistics, settings)
+    plain = Policy(model, params, config, export.statistics, settings)
+    theirs = DeployedPolicy(dataclasses.replace(export, model=anchored), settings, torch.device("cpu"))
+    with jax.default_matmul_precision("highest"):
+        expected = [drive(policy, 2, 5) for policy in (ours, ours, plain)]
+    assert_close([drive(theirs, 2, 5) for _ in range(2)], expected[:2], TOLERANCE)
+    np.testing.assert_array_equal(expected[0], expected[1])
+    assert np.array_equal(expected[0], expected[2]) == (not settings.memory)
 
 
 def test_a_new_episode_forgets_the_last(exported: Path) -> None:

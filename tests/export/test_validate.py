@@ -1,5 +1,6 @@
 """Validation: passes what is right, names what is wrong and where, and says the same in all its forms."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from data_pipelines.readers.opening import open_episodes
 from export import validate
 from export.checks import subject
 from export.checks.blocks import FLOOR, locate
+from export.checks.reference import Reference
 from export.checks.samples import random_samples, recorded_samples
 from export.engines.onnx_graphs import make_graphs
 from export.exported import load_export
@@ -27,6 +29,7 @@ from export.to_tensorrt import onnx_file
 from export.validate import CHUNK, REFRESH, Row, main, markdown
 from tests.data_pipelines.tiny_dataset import write_dataset
 from tests.export.conftest import INSTRUCTIONS
+from tests.tiny_model import assert_close
 
 ROWS = ["vae", "planner", "router", "executor", REFRESH, CHUNK]
 
@@ -191,6 +194,22 @@ def test_random_samples_overflow_the_memory(robotwin_export: Path) -> None:
         assert sample.mask[0] and (np.diff(sample.positions) > 0).all()
         graph = make_graphs(export)["vae"]
         assert sample.observation[None].shape == tuple(graph.inputs["canvas"].shape)
+
+
+def test_the_first_frame_stays_in_a_sample(plain_export: Path) -> None:
+    """Where the model keeps it, in the reference as in what is checked: four refreshes, memory of two."""
+    export = load_export(plain_export)
+    export = dataclasses.replace(export, model=dataclasses.replace(export.model, memory_anchor=True))
+    graphs = make_graphs(export)
+    sample = random_samples(export, 1)[0]
+    calls = Reference(export)(sample)
+    plans = [call for call in calls if call.graph == "planner"]
+    np.testing.assert_array_equal(plans[3].inputs["memory_k"][:, :, 0], plans[0].outputs["k"])
+    np.testing.assert_array_equal(plans[3].inputs["memory_k"][:, :, 1], plans[2].outputs["k"])
+    checked = subject.Subject(export, graphs, dict(graphs), "PyTorch", "float32", plain_export)
+    with torch.no_grad():
+        for call, made in zip(calls, checked.episode(calls, sample.text), strict=True):
+            assert_close({name: x.numpy() for name, x in made.items()}, call.outputs, validate.RELATIVE)
 
 
 def test_a_dataset_of_another_robot_is_refused(plain_export: Path, dataset: Path) -> None:

@@ -1,5 +1,6 @@
 """The policy: when it plans, what it remembers, and that it computes what the model's parts compute."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -90,6 +91,25 @@ def test_planner_runs_every_second_call_and_remembers(default: Policy) -> None:
     assert same == [True, False, True, False]
     newest = state.memory.context.frame(1).k
     np.testing.assert_array_equal(newest, contexts[-1])
+
+
+def test_the_first_frame_stays_in_memory_and_a_new_episode_has_its_own() -> None:
+    """A refresh at every call; the memory of two holds the first plan and the newest, until `start`."""
+    anchored = AhaWam(dataclasses.replace(MODEL.config, memory_anchor=True))
+    settings = PolicyConfig(steps=1, execute=4, refresh_every=1)
+    policy = Policy(anchored, PARAMS, CONFIG, STATISTICS, settings)
+    firsts = []
+    for episode in range(2):
+        state, plans = policy.start(INSTRUCTIONS), []
+        for call in range(4):
+            _, state = policy(*observation(10 * episode + call), state)
+            plans.append(np.asarray(state.context.k[:, :, 0]))
+            held = np.asarray(state.memory.context.k)[:, :, -len(plans) :]
+            assert state.memory.valid.sum(1).tolist() == [min(len(plans), 2)] * EPISODES
+            np.testing.assert_array_equal(held[:, :, 0], plans[0])
+            np.testing.assert_array_equal(held[:, :, -1], plans[-1])
+        firsts.append(plans[0])
+    assert np.abs(firsts[0] - firsts[1]).max() > 1e-4
 
 
 def run(policy: Policy, calls: int = 3) -> list[np.ndarray]:

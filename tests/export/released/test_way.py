@@ -56,7 +56,7 @@ def test_every_module_computes_what_the_twin_does(prediction: str) -> None:
         k, v = planner(latents, *planner.rotary(np.full(BATCH, frame)), *planner_text, mask, *buffers)
         assert_close(stacked(cache), [k.numpy(), v.numpy()], TOLERANCE)
         memory.append(cache)
-        remember(*buffers, k, v, i)
+        remember(*buffers, k, v, i, anchor=False)
     assert_close(released.queries(latents).numpy(), twin.router.queries(latents).numpy(), TOLERANCE)
     routed, want = released.route(latents, cache), twin.router(latents, k, v)
     assert_close(stacked(routed), [x.numpy() for x in want], TOLERANCE)

@@ -68,24 +68,43 @@ CONTEXT = (normal(2, CONFIG.num_layers, BATCH, TOKENS, CONFIG.num_heads, CONFIG.
 
 
 # -------------------------------------------------------------------------------------------------------- modules
+@pytest.mark.parametrize("anchor", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_planner_refreshes_like_jax(dtype: str) -> None:
-    """Five refreshes: the memory of three fills, overflows and, a ring here, no longer lies in order of time."""
-    config = dataclasses.replace(CONFIG, dtype=dtype)
+def test_planner_refreshes_like_jax(dtype: str, anchor: bool) -> None:
+    """Seven refreshes: the memory of three fills, overflows and, a ring here, no longer lies in order of time."""
+    config = dataclasses.replace(CONFIG, dtype=dtype, memory_anchor=anchor)
     planner = twin_of(config, DTYPES[dtype]).planner
     refresh = jax_model(config, "refresh")
     memory, buffers = empty_jax_memory(config, BATCH, TOKENS), empty_memory(config, BATCH, TOKENS, DTYPES[dtype])
     text, mask = tensors(TEXT_TOKENS, MASK)
     text_k, text_v = planner.text(text)
-    for i in range(CONFIG.memory_frames + 2):
+    for i in range(CONFIG.memory_frames + 4):
         latents = normal(10 + i, BATCH, CONFIG.latent_channels, 1, HEIGHT, WIDTH)
         frames = np.array([7 * i, 700 + 5 * i])
         want, memory = refresh(latents, jnp.asarray(frames), TEXT_TOKENS, MASK, memory)
         x = torch.from_numpy(latents[:, :, 0])
         k, v = planner(x, *planner.rotary(frames), text_k, text_v, mask, *buffers)
         assert k.dtype == v.dtype == DTYPES[dtype]
-        remember(*buffers, k, v, i)
+        remember(*buffers, k, v, i, anchor)
         check(dtype, arrays(k, v), [want.k[:, :, 0], want.v[:, :, 0]])
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 6])
+@pytest.mark.parametrize("anchor", [False, True])
+def test_the_ring_holds_what_a_list_would(anchor: bool, slots: int) -> None:
+    config = dataclasses.replace(CONFIG, memory_frames=slots)
+    memory_k, memory_v, valid = empty_memory(config, BATCH, TOKENS, torch.float32)
+    frame, seen = torch.ones(memory_k[:, :, 0].shape), []
+    for number in range(20):
+        remember(memory_k, memory_v, valid, frame * number, frame * -number, number, anchor)
+        seen.append(number)
+        while len(seen) > slots:
+            del seen[1 if anchor else 0]
+        assert valid.sum(1).tolist() == [len(seen)] * BATCH
+        held = memory_k[:, valid]  # [L, B * frames, S, N, H]
+        assert sorted(held[0, : len(seen), 0, 0, 0].tolist()) == seen
+        np.testing.assert_array_equal(held, held[:1, :, :1, :1, :1].expand(held.shape))
+        np.testing.assert_array_equal(memory_v, -memory_k)
 
 
 def check(dtype: str, got: list[np.ndarray], want: list[Any], tolerance: float = TOLERANCE) -> None:
@@ -238,7 +257,7 @@ def test_reference_inference(shared_dir: Path) -> None:
     for i in range(refreshes):
         frame = np.array([i * f["in.start_latents"].shape[1] // config.video_ratio])
         context = planner(f[f"in.prefill{i}.latent"][:, :, 0], *planner.rotary(frame), *planner_text, mask, *buffers)
-        remember(*buffers, *context, i)
+        remember(*buffers, *context, i, config.memory_anchor)
         for layer in range(config.num_layers):
             for name, x in zip("kv", context, strict=True):
                 assert_close(arrays(x[layer].flatten(-2)), arrays(f[f"out.prefill{i}.layer{layer}.{name}"]), TOLERANCE)
@@ -266,7 +285,7 @@ def test_every_graph_exports_and_computes_the_same() -> None:
     )  # fmt: skip
     planner, executor = twin.planner, twin.executor
     memory_k, memory_v, valid = empty_memory(CONFIG, BATCH, TOKENS, torch.float32)
-    remember(memory_k, memory_v, valid, k, v, 1)
+    remember(memory_k, memory_v, valid, k, v, 1, anchor=False)
     calls = {
         planner: (latents, *planner.rotary(np.array([3, 800])), *planner.text(text), mask, memory_k, memory_v, valid),
         twin.router: (latents, k, v),
