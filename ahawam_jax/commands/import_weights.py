@@ -8,8 +8,8 @@
 shards or the model's folder. From Wan the executor is interpolated, everything else starts fresh. Tensors go one by
 one onto the devices of config.mesh; `ahawam train --config.init=WORKDIR` starts there.
 
-The weights of a release are the same whether it was trained with the episode's first frame kept in memory (RoboDojo:
---memory_anchor, configs/robodojo.py) or without (RoboTwin: --nomemory_anchor, configs/robotwin.py), so it must be said.
+The weights of a release do not tell whether it was trained with the episode's first frame kept in memory (RoboDojo:
+--memory_anchor, configs/robodojo.py) or not (RoboTwin: --nomemory_anchor, configs/robotwin.py), so it must be said.
 """
 
 import json
@@ -99,9 +99,8 @@ def check_anchor(weights: Weights, model: ModelConfig, stated: bool | None) -> N
     """Raises WeightsError where it is not said, or not as in the config, whether a release keeps the first frame."""
     if stated is None and is_release(weights):
         raise WeightsError(
-            f"{weights.path} does not tell whether it was trained with the episode's first frame kept in memory, its "
-            "weights are the same; add --memory_anchor if so (the release for RoboDojo), --nomemory_anchor if not (the "
-            "one for RoboTwin)."
+            f"{weights.path} does not tell whether it was trained with the episode's first frame kept in memory; add "
+            "--memory_anchor if so (the release for RoboDojo), --nomemory_anchor if not (the one for RoboTwin)."
         )
     if stated not in (None, model.memory_anchor):
         raise WeightsError(

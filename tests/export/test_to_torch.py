@@ -65,7 +65,10 @@ def import_random(config: ConfigDict, folder: Path, dtype: Any = np.float32) -> 
     release = to_release(random_params(ModelConfig.create(config.model)))
     write_torch(folder / "release.pt", payload({name: x.astype(dtype) for name, x in release.items()}, {"step": 3}))
     save_statistics(statistics(config), folder / "stats.json")
-    import_checkpoint(config, str(folder / "release.pt"), str(folder / "run"), str(folder / "stats.json"))
+    import_checkpoint(
+        config, str(folder / "release.pt"), str(folder / "run"), str(folder / "stats.json"),
+        memory_anchor=config.model.memory_anchor,
+    )  # fmt: skip
     return folder / "run"
 
 
