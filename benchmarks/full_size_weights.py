@@ -109,7 +109,7 @@ def main() -> None:
     steps = [
         timed("write", *this, "write"),
         timed("inspect", "inspect", str(source), "--config=configs/robotwin.py"),
-        timed("import", "import-weights", "--config=configs/robotwin.py", f"--source={source}",
+        timed("import", "import-weights", "--config=configs/robotwin.py", "--nomemory_anchor", f"--source={source}",
               f"--workdir={workdir}", f"--statistics={statistics}", "--config.towers.video=block_transform",
               "--config.towers.text=hashed_words"),
         timed("export", "export-weights", str(workdir), str(exported)),

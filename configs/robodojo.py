@@ -14,5 +14,6 @@ def get_config() -> ConfigDict:
     config.towers.text_cache = "data/robodojo/text_tokens"
     config.data.path = "data/robodojo"
     config.optimizer.learning_rate = 3e-5
+    config.train.update(steps=0, epochs=20.0)
     config.policy.refresh_every = 4
     return config

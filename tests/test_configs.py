@@ -9,7 +9,7 @@ from ahawam_jax.towers.latents import make_canvas, make_windows
 from ahawam_jax.training.objective import ObjectiveConfig
 from ahawam_jax.training.optimizer import OptimizerConfig
 from ahawam_jax.training.resuming import steps_of
-from configs import robotwin, robotwin_paper
+from configs import robodojo, robotwin, robotwin_paper
 from tests.conftest import REPOSITORY
 
 NAMES = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "__init__")
@@ -38,3 +38,11 @@ def test_as_in_the_paper(capsys: pytest.CaptureFixture) -> None:
     assert steps == 59_571 and steps * 512 >= 5 * rows > (steps - 1) * 512
     assert optimizer.warmup(steps) == 2_979
     assert "5 epochs of 6,100,000 windows, 512 a step: 59,571 steps, 2,979 of them" in capsys.readouterr().out
+
+
+def test_as_in_the_release_for_robodojo() -> None:
+    config, other = robodojo.get_config(), robotwin.get_config()
+    assert config.model == {**other.model, "memory_anchor": True} and not other.model.memory_anchor
+    assert make_windows(config, ModelConfig.create(config.model)).memory_anchor
+    assert (config.optimizer.learning_rate, config.train.steps, config.train.epochs) == (3e-5, 0, 20)
+    assert (config.policy.refresh_every, config.policy.steps, config.policy.execute) == (4, 10, 16)

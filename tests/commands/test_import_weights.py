@@ -14,7 +14,6 @@ from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.release import payload, to_release
 from ahawam_jax.weights.tensors import WeightsError
 from ahawam_jax.weights.torch_file import write_torch
-from configs import robodojo, robotwin
 from tests import tiny_config
 from tests.tiny_model import random_params
 
@@ -57,7 +56,3 @@ def test_wan_is_not_asked(release: Path) -> None:
     for name in [name for name in wan.tensors if name.startswith("mot/")]:
         del wan.tensors[name]
     check_anchor(wan, ModelConfig(memory_anchor=True), None)
-
-
-def test_configs_say_it() -> None:
-    assert [ModelConfig.create(x.get_config().model).memory_anchor for x in (robotwin, robodojo)] == [False, True]
