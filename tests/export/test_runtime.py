@@ -85,7 +85,7 @@ def test_keeps_the_first_frame_as_jax_does(run: Path, exported: Path, same_noise
     model, params, record = load_run(run)
     config, export = ConfigDict(record["config"]), load_export(exported)
     anchored = dataclasses.replace(model.config, memory_anchor=True)
-    settings = PolicyConfig(steps=1, execute=4, **changes)
+    settings = PolicyConfig(steps=2, execute=4, **changes)
     ours = Policy(AhaWam(anchored), params, config, export.statistics, settings)
     plain = Policy(model, params, config, export.statistics, settings)
     theirs = DeployedPolicy(dataclasses.replace(export, model=anchored), settings, torch.device("cpu"))
