@@ -310,8 +310,9 @@ def _banner(config: ConfigDict, model: AhaWam, data: Data, mesh: jax.sharding.Me
     begin = f"resuming at step {start}" if start else "starting"
     print(
         f"{begin}: {sum(len(d.lengths) for d in datasets)} episodes of {len(datasets)} datasets, "
-        f"{sum(source.rows for source in data.train)} rows to train{cached}; batch {config.data.batch_size}; mesh "
-        f"{dict(mesh.shape)} on {jax.devices()[0].device_kind}; compute {model.config.dtype}",
+        f"{sum(source.rows for source in data.train)} rows to train, {datasets[0].fps:.5g} a second{cached}; batch "
+        f"{config.data.batch_size}; mesh {dict(mesh.shape)} on {jax.devices()[0].device_kind}; compute "
+        f"{model.config.dtype}",
         flush=True,
     )
     for sentence in describe_losses(datasets, data.statistics):

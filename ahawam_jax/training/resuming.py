@@ -22,7 +22,7 @@ FREE_FIELDS = (
     "train.log_every", "train.checkpoint_every", "train.validate_every", "train.keep", "mesh", "data.cache",
     "data.latent", "data.workers", "policy", "init", "towers.video_weights", "towers.text_cache",
     "train.steps", "train.epochs",
-    "data.path", "data.episodes", "data.validation_episodes",  # what they lead to is compared by its content
+    "data.path", "data.validation_episodes",  # what they lead to is compared by its content
 )  # fmt: skip
 ACCEPT = "--accept-changed-data"
 
@@ -113,6 +113,11 @@ def check_length(record: Record, steps: int, optimizer: OptimizerConfig) -> None
         raise ValueError(
             f"The run has reached step {start}, config.train asks for {steps}; give at least {start}, or another "
             "--workdir for a shorter run."
+        )
+    if steps == start:
+        print(
+            f"The run of {steps} steps is finished; more in config.train.steps (or epochs) would go on from there.",
+            flush=True,
         )
     if steps != before:
         rates = [float(learning_rate(optimizer, length)(start)) for length in (before, steps)]

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from ahawam_jax.training.data import Data, open_data
 from ahawam_jax.training.loop import train
 from ahawam_jax.training.optimizer import OptimizerConfig, learning_rate
 from ahawam_jax.training.resuming import Record, check_config, check_length, read_record, steps_of
+from ahawam_jax.training.step import TrainState
 from tests.data_pipelines import tiny_dataset as tiny
 from tests.tiny_config import get_config
 
@@ -281,7 +283,7 @@ def test_another_length_says_what_the_learning_rate_does(capsys: pytest.CaptureF
     optimizer = OptimizerConfig(learning_rate=1.0, final_fraction=0.1, warmup_steps=0)
     record = {"steps": 10, "data_position": {"batches": 10}}
     check_length(record, 10, optimizer)
-    assert not capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("The run of 10 steps is finished; more in config.train.steps")
     check_length(record, 20, optimizer)
     assert "From step 10 on the learning rate is that of a run of 20 steps: 0.55, where" in capsys.readouterr().out
     with pytest.raises(ValueError, match="has reached step 10, config.train asks for 9"):
@@ -296,9 +298,16 @@ def test_a_run_on_changed_data(
     workdir = tmp_path / "run"
     config.data.validation_episodes = 0
 
-    def count(state, batch, tower, key):  # in place of a training step, which takes long to compile
+    # In place of the model, which takes long to compile.
+    def initial_state(model, tx, key, ema, mesh, checkpoints, start_from):
+        state = TrainState(jnp.array(checkpoints.latest or 0), {"kernel": jnp.zeros(2)}, (), None)
+        layout = jax.tree.map(lambda _: sharding.replicated(mesh), state)
+        return jax.device_put(state, layout), layout
+
+    def count(state, batch, tower, key):
         return state.replace(step=state.step + 1), dict.fromkeys(("loss", "loss_video", "loss_action"), jnp.zeros(()))
 
+    monkeypatch.setattr(loop, "initial_state", initial_state)
     monkeypatch.setattr(loop, "make_train_step", lambda *_: count)
     config.train.update(steps=1, checkpoint_every=1)
     train(config, workdir)
