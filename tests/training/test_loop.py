@@ -263,6 +263,8 @@ def test_one_process_trains_in_a_workdir(uninterrupted: Path, config: ConfigDict
     with owned(uninterrupted), pytest.raises(OwnedError, match=rf"is being written by process {os.getpid()} on"):
         train(config, uninterrupted)
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+    with owned(uninterrupted):  # who reads does not ask
+        assert Policy.load(uninterrupted).model.config.num_layers == 2
 
 
 def test_a_damaged_newest_checkpoint_is_not_passed_over(
