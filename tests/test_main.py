@@ -163,6 +163,9 @@ def test_help_and_addresses(
     argv = [argument.replace("ADDRESS", "gs://bucket/x") for argument in ADDRESSED[name]]
     argv = [argument.replace("tests/", f"{REPOSITORY}/tests/") for argument in argv]
     monkeypatch.chdir(tmp_path)
+    if absl:
+        said = stop_of(name, "--config=nowhere.py").code
+        assert said.startswith("error: --config is nowhere.py, which cannot be loaded")
     stop = stop_of(name, *argv)
     said = stop.code if isinstance(stop.code, str) else capsys.readouterr().err
     assert stop.code and "gs://bucket/x is an address, but only files and folders of this machine" in said

@@ -62,7 +62,12 @@ def _refuse_addresses(argv: list[str], module: str) -> None:
     own = FLAGS.flags_by_module_dict()
     refuse_addresses({flag.name: flag.value for name in (__name__, module) for flag in own.get(name, ())}, "--")
     if CONFIG.value is not None:
-        refuse_addresses(CONFIG.value.to_dict(), "config.")
+        try:
+            config = CONFIG.value.to_dict()
+        except OSError:  # told only now that it is asked for
+            path = local_path(config_flags.get_config_filename(FLAGS["config"]))
+            raise app.UsageError(f"--config is {path}, which cannot be loaded; give a file of configs/.") from None
+        refuse_addresses(config, "config.")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
