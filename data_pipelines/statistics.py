@@ -18,6 +18,7 @@ import numpy as np
 from data_pipelines import normalization
 from data_pipelines.disk import whole_file
 from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.files import absent, read_json
 from data_pipelines.normalization import RELEASED, RULES, Normalization
 from data_pipelines.paths import local_path
 
@@ -170,9 +171,9 @@ def load_statistics(path: str | Path) -> Statistics:
     """
     path = Path(path)
     if not path.is_file():
-        raise DatasetError(f"{path} does not exist; give the dataset_stats.json that came with the checkpoint.")
+        raise DatasetError(f"{path} {absent(path)}; give the dataset_stats.json that came with the checkpoint.")
+    fields = read_json(path, DatasetError, "download or compute it again")
     try:
-        fields = json.loads(path.read_text())
         read = {kind: [_read_field(kind, field) for field in fields[kind].values()] for kind in KINDS}
         stats = {kind: {name: np.concatenate([x[name] for x in parts]) for name in parts[0]}
                  for kind, parts in read.items()}  # fmt: skip

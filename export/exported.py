@@ -1,7 +1,6 @@
 """Opens what `ahawam to-torch` wrote: the modules of the twin, and all that a policy needs around them."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from ahawam_jax.towers.building import TextTower, build_text_tower
 from ahawam_jax.towers.latents import make_canvas
 from ahawam_jax.towers.vae import VaeConfig
 from ahawam_jax.weights.files import open_weights
+from data_pipelines.files import read_json
 from data_pipelines.statistics import FILE as STATISTICS
 from data_pipelines.statistics import Statistics, load_statistics
 from export.manifest import CONFIG, MODEL, TEXT, VAE, ExportError, read_manifest, require
@@ -51,7 +51,7 @@ def load_export(
     manifest = read_manifest(folder, hashes)
     require(manifest, folder, (MODEL, CONFIG, STATISTICS, *([VAE] if manifest["vae"] else [])))
     kind = torch_dtype(manifest["dtype"] if dtype is None else dtype)
-    config = ConfigDict(json.loads((folder / CONFIG).read_text()))
+    config = ConfigDict(read_json(folder / CONFIG, ExportError, "copy the export again"))
     model = ModelConfig.create(config.model)
     statistics = load_statistics(folder / STATISTICS)
     check_widths(statistics, model, str(folder / STATISTICS))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.disk import writing
+from data_pipelines.files import read_json
 from data_pipelines.ownership import owned
 
 FILE = "manifest.json"
@@ -75,8 +76,8 @@ def read_manifest(folder: str | Path, hashes: bool = False) -> dict[str, Any]:
             f"{folder} is no finished export, it has no {FILE}; write one with ahawam to-torch CHECKPOINT "
             f"--out {folder}."
         )
+    record = read_json(path, ExportError, "convert the checkpoint again")
     try:
-        record = json.loads(path.read_text())
         found, files = record["format"], {name: (x["size"], x["sha256"]) for name, x in record["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{path} is not readable ({error!r}); convert the checkpoint again.") from error

@@ -41,11 +41,12 @@ DATA = {
     "disk": set(),
     "ownership": {"disk"},
     "processes": set(),
+    "files": set(),
     "normalization": {"episodes"},
     "canvas": set(),
-    "readers": {"episodes", "tfds", "disk", "paths"},
+    "readers": {"episodes", "tfds", "disk", "paths", "files"},
     "caches": {"episodes", "canvas", "progress", "disk", "ownership", "processes", "paths"},
-    "statistics": {"episodes", "normalization", "disk", "paths"},
+    "statistics": {"episodes", "normalization", "disk", "paths", "files"},
     "fingerprint": {"episodes", "readers"},
     "windows": {"episodes", "caches", "normalization", "statistics"},
     "loader": {"episodes", "caches", "statistics", "windows", "processes"},
@@ -55,7 +56,7 @@ DATA = {
         "episodes", "readers", "normalization", "canvas", "windows", "loader", "recording", "progress",
         "disk", "tfds",
     },
-    "tfds": {"episodes", "readers", "caches", "progress", "disk", "ownership", "paths"},
+    "tfds": {"episodes", "readers", "caches", "progress", "disk", "ownership", "paths", "files"},
 }
 EXPORT = {
     "manifest": set(),

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jax import export
 
+from data_pipelines.files import absent, read_json
+
 ABOUT = "about.json"
 
 
@@ -45,15 +47,20 @@ def read(folder: Path, results: Mapping[str, Any], about: dict) -> dict[str, Cal
     again = "write it again with ahawam compile-policy."
     if not path.is_file():
         raise ValueError(f"{folder} holds no compiled policy, {ABOUT} is missing; {again}")
-    record = json.loads(path.read_text())
+    record = read_json(path, ValueError, again.removesuffix("."))
+    if not all(isinstance(record.get(key), dict) for key in ("about", "files")):
+        raise ValueError(f"{path} is not what ahawam compile-policy writes; {again}")
     if differing := sorted(key for key in {*record["about"], *about} if record["about"].get(key) != about.get(key)):
         found = "; ".join(f"{key}: {record['about'].get(key)} there, {about.get(key)} here" for key in differing)
         raise ValueError(f"{folder} was compiled for another policy ({found}); {again}")
     functions = {}
     for name, result in results.items():
-        content = (folder / f"{name}.jaxexport").read_bytes()
-        if hashlib.sha256(content).hexdigest() != record["files"][name]:
-            raise ValueError(f"{folder}/{name}.jaxexport is damaged or of another policy; {again}")
+        file = folder / f"{name}.jaxexport"
+        if not file.is_file():
+            raise ValueError(f"{file} {absent(file)}; {again}")
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != record["files"].get(name):
+            raise ValueError(f"{file} is damaged or of another policy; {again}")
         functions[name] = _call(export.deserialize(bytearray(content)), jax.tree.structure(result))
     return functions
 

@@ -22,6 +22,7 @@ from ahawam_jax.towers.text_encoder import TextEncoderConfig
 from ahawam_jax.weights.convert import digest
 from ahawam_jax.weights.torch_file import read_torch, write_torch
 from data_pipelines.disk import whole_file
+from data_pipelines.files import read_json
 from data_pipelines.ownership import owned
 from data_pipelines.paths import local_path
 
@@ -156,10 +157,7 @@ def claim(folder: str | Path, mark: Mapping[str, str]) -> None:
 def _claim(path: Path, mark: Mapping[str, str]) -> None:
     folder = path.parent
     if path.is_file():
-        try:
-            before = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is not readable ({error}); write to another folder.") from error
+        before = read_json(path, ValueError, "write to another folder")
         other = sorted(key for key in {*before, *mark} if before.get(key) != mark.get(key))
         if other:
             raise ValueError(

@@ -3,12 +3,13 @@
 The error of a tensor is its largest absolute deviation over its largest stored entry.
 """
 
-import json
 from pathlib import Path
 
 import jax
 import numpy as np
 from safetensors.numpy import load_file
+
+from data_pipelines.files import read_json
 
 TOLERANCE = 2e-5  # float32 arithmetic on both sides: about 1e2 roundings of 6e-8 per block, 3 to 30 blocks
 ROLLOUT_TOLERANCE = 5e-5  # ten executor passes in a row
@@ -76,10 +77,10 @@ class Suite:
         path = folder / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; give the folder that holds the fixtures' config.json.")
+        self.config = read_json(path, ValueError, "copy it again")
         try:
-            self.config = json.loads(path.read_text())
             self.fixtures = list(self.config["fixtures"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{path} must be JSON with a 'fixtures' object ({error!r}); copy it again.") from error
 
     def load(self, name: str) -> Fixture:

@@ -1,6 +1,5 @@
 """From what a user has on disk, a file, a set of shards or a model folder, to its tensors by name, unread."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from ahawam_jax.weights.safetensors_file import read_safetensors
 from ahawam_jax.weights.tensors import Tensor, WeightsError
 from ahawam_jax.weights.torch_file import read_torch
+from data_pipelines.files import absent, read_json
 from data_pipelines.paths import local_path
 
 # Where a component lies inside a downloaded model: the diffusers layout first, then Wan's own and DiffSynth's.
@@ -61,13 +61,14 @@ def open_weights(path: str | Path, component: str = "") -> Weights:
             "into its base model with the program that trained it and import the result."
         )
     config = files[0].parent / "config.json"
-    return Weights(path, files, tensors, metadata, json.loads(config.read_text()) if config.is_file() else {})
+    about = read_json(config, WeightsError, "copy it again") if config.is_file() else {}
+    return Weights(path, files, tensors, metadata, about)
 
 
 def locate(path: Path, component: str = "") -> Path:
     """The component's file or folder inside a model's folder, or the path itself."""
     if not path.exists():
-        raise WeightsError(f"{path} does not exist; give the file or folder of a downloaded checkpoint.")
+        raise WeightsError(f"{path} {absent(path)}; give the file or folder of a downloaded checkpoint.")
     if path.is_dir():
         for pattern in LOCATIONS.get(component, ()):
             found = sorted(path.glob(pattern))
@@ -81,8 +82,8 @@ def _shards(path: Path) -> tuple[Path, ...]:
     indexes = [path] if path.name.endswith(".index.json") else sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
         try:
-            names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted(set(read_json(indexes[0], WeightsError, "copy it again")["weight_map"].values()))
+        except (KeyError, AttributeError, TypeError) as error:
             raise WeightsError(f"{indexes[0]} is not an index of shards ({error!r}); copy it again.") from error
     else:
         names = sorted(file.name for file in folder.glob("*.safetensors"))

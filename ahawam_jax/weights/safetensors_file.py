@@ -12,6 +12,7 @@ import numpy as np
 
 from ahawam_jax.weights.tensors import DTYPES, Tensor, WeightsError
 from data_pipelines.disk import whole_file
+from data_pipelines.files import disguised
 
 NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -26,7 +27,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > LARGEST_HEADER:
-            raise WeightsError(f"{path} is not a safetensors file; give a .safetensors or .pt file, or its folder.")
+            found = disguised(path) or "is not a safetensors file; give a .safetensors or .pt file, or its folder"
+            raise WeightsError(f"{path} {found}.")
         raw = file.read(length)
     if len(raw) < length:
         raise WeightsError(f"{path} is cut off inside its header, after {size:,} bytes; copy it again.")
@@ -37,7 +39,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             name: (row["dtype"], tuple(row["shape"]), *map(int, row["data_offsets"])) for name, row in header.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} has no readable safetensors header ({error!r}); copy it again.") from error
+        found = disguised(path, own=b"{") or f"has no readable safetensors header ({error!r}); copy it again"
+        raise WeightsError(f"{path} {found}.") from error
     end = 8 + length + max((stop for *_, stop in entries.values()), default=0)
     if size < end:
         raise WeightsError(f"{path} is cut off: it has {size:,} bytes of {end:,}; copy it again.")

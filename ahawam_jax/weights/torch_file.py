@@ -18,12 +18,14 @@ import numpy as np
 
 from ahawam_jax.weights.tensors import DTYPES, Tensor, WeightsError
 from data_pipelines.disk import whole_file
+from data_pipelines.files import disguised
 
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
     "ByteStorage": "uint8", "BoolStorage": "bool",
 }  # fmt: skip
+ZIP = b"PK\x03\x04"  # how an archive begins
 ALIGNMENT = 64  # of the tensors in the file, so that torch can map them
 
 
@@ -37,15 +39,21 @@ def read_torch(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             return _Unpickler(path, archive).load()
     except zipfile.BadZipFile as error:
-        with path.open("rb") as file:
-            kind = file.read(2)
-        raise WeightsError(
-            f"{path} is cut off ({error}); copy it again."
-            if kind == b"PK"
-            else f"{path} is not a zip file of torch.save; files older than torch 1.6 must be saved again by torch."
-        ) from error
+        raise WeightsError(f"{path} {_no_archive(path, error)}.") from error
     except (pickle.UnpicklingError, KeyError, EOFError, TypeError, IndexError, AttributeError) as error:
         raise WeightsError(f"{path} has no readable table of tensors ({error}); copy it again.") from error
+
+
+def _no_archive(path: Path, error: zipfile.BadZipFile) -> str:
+    if found := disguised(path, own=ZIP):
+        return found
+    with path.open("rb") as file:
+        kind = file.read(2)
+    if kind == b"PK":
+        return f"is cut off ({error}); copy it again"
+    if kind[:1] == b"\x80":
+        return "is a plain pickle, not a zip file of torch.save; one older than torch 1.6 must be saved again by torch"
+    return "is not a zip file of torch.save; give a .pt or .safetensors file of weights"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from data_pipelines.episodes import DatasetError, Episodes
 from data_pipelines.loader import THREADS
 from data_pipelines.normalization import RELEASED, label, losses, recoverable
-from data_pipelines.readers.base import BLOCK
+from data_pipelines.readers.base import BLOCK, GRID_TOLERANCE
 from data_pipelines.readers.lerobot import IMAGE_PREFIX, LeRobot
 from data_pipelines.readers.subset import as_recorded
 from data_pipelines.windows import WindowConfig
@@ -144,11 +144,9 @@ def describe_rows(dataset: Episodes, healthy: Sequence[int]) -> Iterator[str]:
             f"{len(short)} of {len(lengths)} episodes have fewer rows than a training window ({needed}), the shortest "
             f"is episode {lengths.argmin()} with {lengths.min()}; the missing rows are padding."
         )
-    empty = sum(not text.strip() for text in dataset.instructions)
-    if empty:
-        yield f"{empty} of {len(dataset.instructions)} instructions are empty; the policy cannot know what to do."
     if not healthy:
         return
+    yield from _jitter(dataset, healthy)
     states = [dataset.states(episode) for episode in healthy]
     actions = [dataset.actions(episode) for episode in healthy]
     for what, episodes, names in (("state", states, dataset.state_names), ("action", actions, dataset.action_names)):
@@ -160,6 +158,16 @@ def describe_rows(dataset: Episodes, healthy: Sequence[int]) -> Iterator[str]:
             yield "Every action equals the state of its own row: the policy would learn to stand still."
         elif dataset.state_names == dataset.action_names:
             yield from _far_actions(np.concatenate(states), np.concatenate(actions), dataset.action_names)
+
+
+def _jitter(dataset: Episodes, numbers: Sequence[int]) -> Iterator[str]:
+    off = [dataset.timestamps(e) * np.float64(dataset.fps) - np.arange(dataset.lengths[e]) for e in numbers]
+    most = np.array([np.abs(rows).max() for rows in off])
+    if far := [numbers[place] for place in np.flatnonzero(most > GRID_TOLERANCE)]:
+        yield (
+            f"Time stamps are up to {most.max():.2f} rows off their places at {dataset.fps:.5g} rows per second, in "
+            f"{_some('episode', far)}; rows go by number, so training takes them as evenly spaced."
+        )
 
 
 def _frozen(what: str, episodes: Sequence[np.ndarray], names: Sequence[str], numbers: Sequence[int]) -> Iterator[str]:

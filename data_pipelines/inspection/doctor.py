@@ -58,17 +58,22 @@ class Findings:
     """What the checks have found so far.
 
     problems: sentence -> the episodes it is about.  warnings: each once, in order.  rows_read: episodes with healthy
-    rows.  codecs: of each camera.  left: checks not done, because somebody pressed Ctrl-C.
+    rows.  codecs: of each camera.  unread: cameras with faults that nobody asks for.  left: checks not done, because
+    somebody pressed Ctrl-C.
     """
 
     problems: dict[str, list[int]] = field(default_factory=dict)
     warnings: dict[str, None] = field(default_factory=dict)
     rows_read: list[int] = field(default_factory=list)
     codecs: dict[str, set[str]] = field(default_factory=dict)
+    unread: set[str] = field(default_factory=set)
     left: int = 0
 
-    def add(self, check: Check, episode: int, camera: str | None) -> None:
-        if check.problem:
+    def add(self, check: Check, episode: int, camera: str | None, needed: bool = True) -> None:
+        if check.problem and not needed:
+            self.warnings[f"{check.problem} Training does not ask for this camera."] = None
+            self.unread.add(camera)
+        elif check.problem:
             self.problems.setdefault(check.problem, []).append(episode)
         elif camera is None:
             self.rows_read.append(episode)
@@ -156,7 +161,7 @@ def _page(dataset: Episodes, cameras: Sequence[str], fast: bool, full: bool, fin
 def examine(dataset: Episodes, cameras: Sequence[str], videos: bool, whole: bool, findings: Findings) -> None:
     """Looks at the rows, and if `videos` at the pictures, of every episode; all frames if `whole`.
 
-    cameras: what it must have.
+    cameras: what it must have; what is wrong with others is a warning. None: any may be asked for.
     """
     try:
         dataset.require_cameras(cameras)
@@ -178,7 +183,7 @@ def examine(dataset: Episodes, cameras: Sequence[str], videos: bool, whole: bool
     try:
         futures = [pool.submit(check) for _, _, check in checks]
         for (episode, camera, _), future in zip(checks, futures, strict=True):
-            findings.add(future.result(), episode, camera)
+            findings.add(future.result(), episode, camera, camera is None or not cameras or camera in cameras)
             progress.add(f"{len(findings.problems)} problems", 1)
     except KeyboardInterrupt:
         findings.left = len(checks) - progress.done
@@ -236,10 +241,11 @@ def _table(what: str, names: Sequence[str], table: Table) -> Iterator[str]:
 
 def _speeds(dataset: Episodes, findings: Findings) -> Iterator[str]:
     healthy = findings.healthy()
-    if not healthy or not dataset.cameras:
+    cameras = [camera for camera in dataset.cameras if camera not in findings.unread]
+    if not healthy or not cameras:
         return
     few = healthy[:: -(-len(healthy) // MEASURED)]
-    speeds: dict[str, Speed] = {camera: measure(dataset, camera, few) for camera in dataset.cameras}
+    speeds: dict[str, Speed] = {camera: measure(dataset, camera, few) for camera in cameras}
     wide = max(map(len, speeds))
     yield ""
     yield f"{'camera':{wide}}      codec  frames/s in order  frames/s at random (one thread)"

@@ -3,17 +3,22 @@
 import threading
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.episodes import DatasetError, Episodes
 
-# A time stamp may be off its place on the fps grid by at most this part of a row.
+# A frame's time stamp in a video may be off its place on the fps grid by at most this part of a row; of a row's own
+# time stamp, which nothing is read by, more is reported by the doctor.
 GRID_TOLERANCE = 0.1
+# A row's time stamp that is off by this part of a row lies nearer to another row: rows were lost or fps is wrong.
+NEXT_ROW = 0.5
+RATE_TOLERANCE = 1e-3  # relative; a rate that differs by less is the labelled one
 BLOCK = 64  # frames decoded at a time in search of faults
 # Rows a reader keeps in memory, of the episodes used last: about 2.5 GB of two 14-wide vectors, the whole of RoboTwin
 # or of the 165 hours of RoboCOIN. Beyond that, episodes are read again, which costs less than decoding their frames.
@@ -24,7 +29,8 @@ ROWS_KEPT = 2**24
 class Rows:
     """The rows of one episode.
 
-    file: where they lie.  state: float32 [T, p].  action: float32 [T, d].  timestamp: float32 [T] seconds.
+    file: where they lie.  state: float32 [T, p].  action: float32 [T, d].  timestamp: [T] seconds as recorded, from
+    the episode's start or by a clock.
     instruction: place in `instructions`.
     """
 
@@ -38,6 +44,8 @@ class Rows:
 class Reader(Episodes):
     """All of `Episodes` but what a format must answer itself: its attributes, `picture_file`, `_read_rows` and
     `_decode`."""
+
+    _unusable: Mapping[str, str] = MappingProxyType({})  # camera -> why it cannot be read; only who asks is told
 
     @abstractmethod
     def _read_rows(self, episode: int) -> Rows:
@@ -81,6 +89,9 @@ class Reader(Episodes):
 
     def require_cameras(self, names: Sequence[str]) -> None:
         missing = [name for name in names if name not in self.cameras]
+        for name in missing:
+            if name in self._unusable:
+                raise DatasetError(self._unusable[name])
         if missing:
             raise DatasetError(
                 f"{self.root} has no camera {', '.join(missing)}; it has: {', '.join(self.cameras) or 'none'}. "
@@ -116,7 +127,7 @@ class Reader(Episodes):
             rows = self._read_rows(episode)
             _check_finite(rows, "state", rows.state, self.state_names, episode)
             _check_finite(rows, "action", rows.action, self.action_names, episode)
-            _check_timestamps(rows, self.fps, episode)
+            rows = replace(rows, timestamp=_seconds(rows, self.fps, episode))
             self._rows.put(episode, rows)
         return rows
 
@@ -158,20 +169,46 @@ def _check_finite(rows: Rows, what: str, values: np.ndarray, names: Sequence[str
         )
 
 
-def _check_timestamps(rows: Rows, fps: float, episode: int) -> None:
-    """Strictly rising, and on the fps grid; both tests fail for NaN."""
+def _seconds(rows: Rows, fps: float, episode: int) -> np.ndarray:
+    """The rows' time stamps since the episode's start, float32 [T].
+
+    They must rise, and each lie nearer to its own row on the fps grid than to another; both tests fail for NaN.
+    """
     times = rows.timestamp.astype(np.float64)
     stuck = np.flatnonzero(~(np.diff(times) > 0))
     if len(stuck):
         row = stuck[0]
+        step = np.spacing(rows.timestamp[row])
+        reason = "rows were repeated or reordered, record the episode again"
+        if times[row] == times[row + 1] and step > 0.5 / fps:
+            reason = (
+                f"stored as {rows.timestamp.dtype} they count in steps of {step:g} s at this size: write seconds "
+                "since the episode's start"
+            )
         raise DatasetError(
-            f"{rows.file}: the timestamps of episode {episode} do not rise from row {row} ({times[row]:g} s) to row "
-            f"{row + 1} ({times[row + 1]:g} s); rows were repeated or reordered, record the episode again."
+            f"{rows.file}: the timestamps of episode {episode} do not rise from row {row} ({_exactly(times[row])} s) "
+            f"to row {row + 1} ({_exactly(times[row + 1])} s); {reason}."
         )
-    off = np.flatnonzero(~(np.abs(times * fps - np.arange(len(times))) <= GRID_TOLERANCE))
+    start = times[0] if abs(times[0] * fps) >= NEXT_ROW else 0.0  # a clock's, as seconds since 1970
+    off = np.flatnonzero(~(np.abs((times - start) * fps - np.arange(len(times))) < NEXT_ROW))
     if len(off):
         row = off[0]
         raise DatasetError(
-            f"{rows.file}: row {row} of episode {episode} has timestamp {times[row]:g} s, expected {row / fps:g} s at "
-            f"{fps:g} rows per second; correct fps in the metadata or record the episode again."
+            f"{rows.file}: row {row} of episode {episode} has timestamp {_exactly(times[row])} s, expected "
+            f"{_exactly(start + row / fps)} s at {fps:g} rows per second; {_why_off(times, fps)}."
         )
+    return (times - start).astype(np.float32)
+
+
+def _why_off(times: np.ndarray, fps: float) -> str:
+    """What is wrong with time stamps that rise, but not at the labelled rate: the label, or single rows."""
+    steps = np.diff(times)
+    rate = len(steps) / steps.sum() if len(steps) else np.nan
+    if len(steps) > 1 and np.abs(steps * rate - 1).max() < NEXT_ROW and abs(rate / fps - 1) > RATE_TOLERANCE:
+        return f"all rows are spaced as at {rate:.5g} per second: correct fps in the metadata"
+    return "rows were lost there or the clock jumped: split the episode or record it again"
+
+
+def _exactly(seconds: float) -> str:
+    """To a tenth of a microsecond, whatever its size."""
+    return np.format_float_positional(seconds, precision=7, trim="-")

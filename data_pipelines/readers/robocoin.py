@@ -4,19 +4,20 @@ A RoboCOIN dataset is LeRobot v2.1, one folder per robot and task. Which number 
 are called, varies by robot: both are mapped by name, never by place.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.episodes import DatasetError, Episodes
-from data_pipelines.readers.lerobot import INFO, LeRobotV21
+from data_pipelines.files import read_json, read_json_lines
+from data_pipelines.readers.lerobot import LeRobotV21
+from data_pipelines.readers.lerobot_files import AGAIN, INFO
 from data_pipelines.readers.opening import open_episodes
 
 SUBTASKS = "annotations/subtask_annotations.jsonl"
@@ -109,9 +110,9 @@ def find_cameras(recorded: Sequence[str], where: str) -> dict[str, str]:
 class RoboCoin(LeRobotV21):
     """A RoboCOIN dataset with its annotation of subtasks."""
 
-    def __init__(self, root: Path, info: dict[str, Any]) -> None:
-        super().__init__(root, info)
-        self._subtasks = _read_subtasks(root / SUBTASKS)
+    @cached_property
+    def _subtasks(self) -> dict[int, str]:
+        return _read_subtasks(self.root / SUBTASKS)
 
     def subtasks(self, episode: int) -> list[str]:
         """What the robot is doing in each row, "" where nothing is annotated; several at a time are joined by "; ".
@@ -138,7 +139,7 @@ def open_robocoin(root: str | Path) -> Episodes:
     """The dataset in a folder; with `subtasks` where it is LeRobot v2.1 and has annotations of them."""
     dataset = open_episodes(root)
     if isinstance(dataset, LeRobotV21) and (dataset.root / SUBTASKS).is_file():
-        return RoboCoin(dataset.root, json.loads((dataset.root / INFO).read_bytes()))
+        return RoboCoin(dataset.root, read_json(dataset.root / INFO, DatasetError, AGAIN))
     return dataset
 
 
@@ -207,18 +208,11 @@ class Mapped(Episodes):
 def _read_subtasks(path: Path) -> dict[int, str]:
     """{subtask_index: text}, "" for the subtask "null"."""
     found: dict[int, str] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            index, text = record["subtask_index"], record["subtask"]
-            if not isinstance(index, int) or not isinstance(text, str) or index in found:
-                raise ValueError("not a number and a text of its own")
-        except (ValueError, KeyError, TypeError) as error:
+    for where, record in read_json_lines(path, DatasetError, AGAIN):
+        index, text = record.get("subtask_index"), record.get("subtask")
+        if not isinstance(index, int) or not isinstance(text, str) or index in found:
             raise DatasetError(
-                f'{path}, line {number}, must be {{"subtask_index": a number, "subtask": "a text"}}, each number once '
-                f"({error!r}); copy the dataset again."
-            ) from error
+                f'{where} must be {{"subtask_index": a number, "subtask": "a text"}}, each number once; {AGAIN}.'
+            )
         found[index] = "" if text == "null" else text
     return found

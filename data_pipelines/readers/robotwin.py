@@ -26,8 +26,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data_pipelines.episodes import DatasetError
+from data_pipelines.files import absent, disguised, read_json
 from data_pipelines.readers.base import Reader, Rows
 
+HDF5 = b"\x89HDF\r\n\x1a\n"  # how a file begins
 SIMULATION_HZ, STEPS_PER_ROW = 250, 15
 # The words of RoboCOIN, so that one table of names serves both.
 ARMS_OF_SIX = tuple(
@@ -61,8 +63,13 @@ class Robotwin(Reader):
         self.instructions = list(dict.fromkeys(texts))
         self._tasks = [self.instructions.index(text) for text in texts]
         self._set_lengths(lengths)
-        with _opened(files[0]) as file:
-            self.cameras = {camera: self._picture(file, camera, 0).shape[:2] for camera in self._pictures}
+        self.cameras, self._unusable = {}, {}
+        for camera in self._pictures:
+            try:
+                with _opened(files[0]) as file:
+                    self.cameras[camera] = self._picture(file, camera, 0).shape[:2]
+            except DatasetError as error:
+                self._unusable[camera] = str(error)
 
     def picture_file(self, episode: int, camera: str) -> tuple[Path, str]:
         return self._files[episode], self._pictures[camera]
@@ -72,9 +79,8 @@ class Robotwin(Reader):
         """The instruction of the episode in a file."""
 
     def _length(self, file: h5py.File) -> int:
-        """Rows of the episode in a file, of which every vector and camera has the same number."""
+        """Rows of the episode in a file, of which every vector has the same number."""
         lengths = {name: len(_dataset(file, name, (1, 2))) for name in (*self._state, *self._action)}
-        lengths |= {name: len(_dataset(file, name, (1,))) for name in self._pictures.values()}
         if len(set(lengths.values())) != 1:
             rows = ", ".join(f"{name} {length}" for name, length in lengths.items())
             raise DatasetError(f"{file.filename} holds different numbers of rows ({rows}); record the episode again.")
@@ -96,6 +102,12 @@ class Robotwin(Reader):
 
     def _decode(self, episode: int, camera: str, rows: np.ndarray, out: np.ndarray) -> None:
         with _opened(self._files[episode]) as file:
+            pictures = len(_dataset(file, self._pictures[camera], (1,)))
+            if pictures != self.lengths[episode]:
+                raise DatasetError(
+                    f"{file.filename} holds {pictures} pictures of {self._pictures[camera]} for "
+                    f"{self.lengths[episode]} rows; record the episode again."
+                )
             for place, row in enumerate(rows):
                 image = self._picture(file, camera, row)
                 if image.shape != out.shape[1:]:
@@ -140,10 +152,11 @@ class RobotwinClassic(Robotwin):
         paths = [episode.parents[1] / "instructions" / f"{episode.stem}.json" for episode in episodes]
         path = next((path for path in paths if path.is_file()), paths[0])
         if not path.is_file():
-            raise DatasetError(f"{path} does not exist; copy the folder instructions/ too, it stands beside data/.")
+            raise DatasetError(f"{path} {absent(path)}; copy the folder instructions/ too, it stands beside data/.")
+        content = read_json(path, DatasetError, "generate the instructions again")
         try:
-            return _first(json.loads(path.read_bytes())["seen"])
-        except (ValueError, KeyError, TypeError) as error:
+            return _first(content["seen"])
+        except (ValueError, KeyError) as error:
             raise DatasetError(
                 f'{path} must hold {{"seen": ["an instruction", ...]}} ({error!r}); generate the instructions again.'
             ) from error
@@ -193,12 +206,16 @@ def episode_files(root: Path) -> list[Path]:
     """
     folder = root / "data" if (root / "data").is_dir() else root
     files = {path: re.fullmatch(r"episode_?(\d+)\.hdf5", path.name) for path in folder.glob("episode*.hdf5")}
-    numbers = {path: int(match[1]) for path, match in files.items() if match}
+    if own := sorted(path.name for path, match in files.items() if not match):
+        raise DatasetError(f"{folder}/{own[0]} has no number of an episode; give it one, or move it elsewhere.")
+    numbers = {path: int(match[1]) for path, match in files.items()}
     ordered = sorted(numbers, key=numbers.get)
-    if [numbers[path] for path in ordered] != list(range(len(files))):
+    if [numbers[path] for path in ordered] != list(range(len(ordered))):
+        there = set(numbers.values())
+        fault = next((f"{n} is missing" for n in range(len(ordered)) if n not in there), "one is there twice")
         raise DatasetError(
-            f"{folder} holds {len(files)} files episode*.hdf5, expected the numbers 0..{len(files) - 1} once each; "
-            "copy what is missing or number them anew, each with its instructions."
+            f"{folder} holds {len(ordered)} files episode*.hdf5, expected the numbers 0..{len(ordered) - 1} once "
+            f"each, {fault}; copy what is missing or number them anew, each with its instructions."
         )
     return ordered
 
@@ -224,7 +241,8 @@ def _opened(path: Path) -> Iterator[h5py.File]:
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, RuntimeError, KeyError) as error:
-        raise DatasetError(f"{path} cannot be read as HDF5 ({error}); copy or record the episode again.") from error
+        found = disguised(path, own=HDF5) or f"cannot be read as HDF5 ({error}); copy or record the episode again"
+        raise DatasetError(f"{path} {found}.") from error
 
 
 def _dataset(file: h5py.File, name: str, axes: tuple[int, ...]) -> h5py.Dataset:

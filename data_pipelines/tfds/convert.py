@@ -36,6 +36,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.files import read_json
 from data_pipelines.ownership import owned
 from data_pipelines.paths import local_path
 from data_pipelines.readers.robocoin import subtasks
@@ -81,10 +82,7 @@ def plan(source: Source, out: Path, image_format: str = "jpeg", episodes_per_sha
 def _take_up(path: Path, wanted: dict) -> None:
     """Writes conversion.json, or compares what is there."""
     if path.is_file():
-        try:
-            found = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise DatasetError(f"{path} is damaged ({error}); remove its folder and convert again.") from error
+        found = read_json(path, DatasetError, "remove its folder and convert again")
         differing = [key for key in wanted if found.get(key) != wanted[key]]
         if differing:
             raise DatasetError(

@@ -1,7 +1,6 @@
 """Reads a converted dataset back as `Episodes`."""
 
 import io
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from data_pipelines.episodes import DatasetError
+from data_pipelines.files import disguised, read_json
 from data_pipelines.readers.base import Reader, Rows
 from data_pipelines.tfds import layout
 
@@ -67,9 +67,8 @@ class Converted(Reader):
             with pq.ParquetFile(path) as file:
                 table = file.read_row_group(place)
         except (pa.ArrowException, OSError, IndexError) as error:
-            raise DatasetError(
-                f"{path} cannot be read as parquet ({error}); convert the shard again without it."
-            ) from error
+            found = disguised(path, own=b"PAR1") or f"cannot be read as parquet ({error}); convert the shard again"
+            raise DatasetError(f"{path} {found}.") from error
         if len(table) != self.lengths[episode]:
             raise DatasetError(
                 f"{path} holds {len(table)} rows of episode {episode}, {layout.CONVERSION} promises "
@@ -126,11 +125,8 @@ def open_converted(root: str | Path) -> Converted:
             f"{root} is not a whole converted dataset: expected {layout.CONVERSION} and {layout.COMPLETE}; run "
             "`ahawam convert` to the end."
         )
-    try:
-        content = json.loads(path.read_text())
-        wrong = [name for name, kind in FIELDS.items() if not isinstance(content[name], kind)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{path} is not what a conversion writes ({error!r}); copy it again.") from error
+    content = read_json(path, DatasetError, "copy it again")
+    wrong = [name for name, kind in FIELDS.items() if not isinstance(content.get(name), kind)]
     if wrong or content["version"] != layout.VERSION:
         raise DatasetError(f"{path}: {', '.join(wrong) or 'version'} is of another kind; copy or convert it again.")
     return Converted(root, content)

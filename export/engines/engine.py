@@ -6,7 +6,6 @@ its folder's manifest says which, and `open_engines` refuses everything else bef
 
 import dataclasses
 import importlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipelines.files import read_json
 from export.engines.onnx_graphs import GRAPHS
 from export.manifest import FILE, ExportError, sha256
 
@@ -121,8 +121,8 @@ def read_engine_manifest(folder: Path, hashes: bool) -> dict[str, Any]:
             f"{folder} holds no finished engines, it has no {FILE}; build them with ahawam to-tensorrt "
             f"{folder.parent} --target TARGET."
         )
+    record = read_json(path, ExportError, rebuild(folder, {}).removesuffix("."))
     try:
-        record = json.loads(path.read_text())
         found, files = record["format"], {name: (x["size"], x["sha256"]) for name, x in record["files"].items()}
         facts = [record[key] for key in ("source", "library", "compute_capability", "gpu", "target", "dtype", "steps")]
         complete = found == FORMAT and facts and all(engine_file(graph) in files for graph in GRAPHS)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.data_pipelines import tiny_dataset as tiny
+from tests.data_pipelines.disguises import LFS
 from tests.data_pipelines.readers import test_robotwin as robotwin
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -53,7 +54,7 @@ def more_episodes_promised(root: Path) -> str:
 def wrong_fps(root: Path) -> str:
     """At odds with every file of rows; training names the one it happens to read first."""
     tiny.change_info(root, fps=30)
-    return ".parquet: row 1 of episode"
+    return ".parquet: row 3 of episode"
 
 
 @corruption(LEROBOT)
@@ -115,7 +116,58 @@ def frames_start_nowhere(root: Path) -> str:
     return "meta/episodes: the frames of episode 1"
 
 
+@corruption(("v3.0",))
+def frames_start_between_two(root: Path) -> str:
+    change_start(root, "cam_high", 40.4 / tiny.FPS)
+    return "start at 40.400 frames (from_timestamp 1.616000 s at 25 frames per second), expected a whole"
+
+
+@corruption(("v2.1",))
+def episode_taken_out(root: Path) -> str:
+    path = root / "meta/episodes.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[2]]))
+    return "meta/episodes.jsonl: episode_index must count from 0 without gaps or repeats; it lacks 1. Where episodes"
+
+
+@corruption(("v2.1",))
+def listing_garbled(root: Path) -> str:
+    path = root / "meta/episodes.jsonl"
+    path.write_text(path.read_text().replace('"length": 23', '"length": 2 3'))
+    return "meta/episodes.jsonl, line 2, is not valid JSON"
+
+
+@corruption(LEROBOT)
+def instruction_empty(root: Path) -> str:
+    if (root / "meta/tasks.jsonl").exists():
+        path = root / "meta/tasks.jsonl"
+        path.write_text(path.read_text().replace(tiny.INSTRUCTIONS[0], ""))
+    else:
+        texts = ["", tiny.INSTRUCTIONS[1]]
+        tiny.change_column(root / "meta/tasks.parquet", "__index_level_0__", lambda _: pa.array(texts))
+    return "episode 1 has task_index [0], whose instruction in"
+
+
+@corruption(LEROBOT)
+def metadata_not_fetched(root: Path) -> str:
+    (root / "meta/info.json").write_bytes(LFS)
+    return "meta/info.json is a pointer of Git LFS"
+
+
 # ---------------------------------------------------------------- rows
+@corruption(LEROBOT)
+def rows_not_fetched(root: Path) -> str:
+    tiny.data_path(root, 2).write_bytes(LFS)
+    return f"{tiny.data_path(root, 2).name} is a pointer of Git LFS"
+
+
+@corruption(LEROBOT)
+def clock_stored_as_float32(root: Path) -> str:
+    path = tiny.data_path(root, 2)
+    tiny.change_column(path, "timestamp", lambda t: pa.array(1.7e9 + np.array(t), pa.float64()).cast(pa.float32()))
+    return "do not rise from row 0 (1700000000 s) to row 1 (1700000000 s); stored as float32"
+
+
 @corruption(LEROBOT)
 def missing_column(root: Path) -> str:
     path = tiny.data_path(root, 2)
@@ -194,6 +246,12 @@ def rows_cut_off(root: Path) -> str:
 
 # ---------------------------------------------------------------- videos
 @corruption(LEROBOT)
+def video_not_fetched(root: Path) -> str:
+    tiny.video_path(root, "cam_high", 2).write_bytes(LFS)
+    return "(camera 'cam_high', episode 2) is a pointer of Git LFS"
+
+
+@corruption(LEROBOT)
 def video_lost(root: Path) -> str:
     tiny.video_path(root, "cam_left_wrist", 2).unlink()
     return tiny.video_path(root, "cam_left_wrist", 2).name
@@ -242,6 +300,12 @@ def pictures_damaged(root: Path) -> str:
 
 
 # ---------------------------------------------------------------- RoboTwin
+@corruption(ROBOTWIN)
+def recording_not_fetched(root: Path) -> str:
+    robotwin.episode_path(root, 1).write_bytes(LFS)
+    return f"{robotwin.episode_path(root, 1).name} is a pointer of Git LFS"
+
+
 @corruption(ROBOTWIN)
 def recording_cut_off(root: Path) -> str:
     return cut(robotwin.episode_path(root, 1), 0.5)

@@ -147,8 +147,12 @@ def test_values_are_finite(value: float) -> None:
         ([0, 0.1, 0.1, 0.3], r"do not rise from row 1 \(0.1 s\) to row 2 \(0.1 s\)"),
         ([0, 0.2, 0.1, 0.3], "do not rise from row 1"),
         ([0, 0.1, np.nan, 0.3], r"do not rise from row 1 \(0.1 s\) to row 2 \(nan s\)"),
-        ([0, 0.1, 0.215, 0.3], "row 2 of episode 0 has timestamp 0.215 s, expected 0.2 s at 10 rows per second"),
-        ([0.1, 0.2, 0.3, 0.4], "row 0 of episode 0 has timestamp 0.1 s, expected 0 s"),
+        ([0, 0.1, 0.26, 0.3], "row 2 of episode 0 has timestamp 0.26 s, expected 0.2 s at 10 rows per second; rows"),
+        ([0.1, 0.2, 0.3, 0.5], "row 3 of episode 0 has timestamp 0.5 s, expected 0.4 s"),
+        ([0, 0.05, 0.1, 0.15], "row 2 of .* expected 0.2 s .*; all rows are spaced as at 20 per second: correct fps"),
+        ([0, 0.1, 0.3, 0.4], "row 2 of .* rows were lost there or the clock jumped: split the episode"),
+        ([1.7e9, 1.7e9 + 0.1, 1.7e9 + 0.2, 1.7e9 + 0.3],
+         r"row 0 \(1700000000 s\) to row 1 \(1700000000 s\); stored as float32 they count in steps of 128 s at this"),
     ],
 )
 def test_timestamps_lie_on_the_grid(times: list[float], message: str) -> None:
@@ -156,5 +160,15 @@ def test_timestamps_lie_on_the_grid(times: list[float], message: str) -> None:
         Fake(timestamp=np.array(times, np.float32)).states(0)
 
 
-def test_timestamps_may_jitter_a_little() -> None:
-    Fake(timestamp=np.array([0, 0.105, 0.195, 0.3], np.float32)).states(0)
+def test_timestamps_may_jitter() -> None:
+    """Each still lies nearest to its own row; the doctor tells by how much they are off."""
+    times = np.array([0, 0.1205, 0.18, 0.345], np.float32)
+    np.testing.assert_array_equal(Fake(timestamp=times).timestamps(0), times)
+
+
+def test_timestamps_of_a_clock() -> None:
+    """Seconds since 1970, or since the recorder was started, count from the episode's first row."""
+    for start in (0.1, 12.3, 1.7e9):
+        times = Fake(timestamp=start + np.array([0, 0.1, 0.22, 0.3])).timestamps(0)
+        assert times.dtype == np.float32
+        np.testing.assert_allclose(times, [0, 0.1, 0.22, 0.3], atol=1e-6)

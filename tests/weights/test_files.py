@@ -17,6 +17,8 @@ from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.safetensors_file import write_safetensors
 from ahawam_jax.weights.tensors import WeightsError
 from ahawam_jax.weights.torch_file import read_torch, write_torch
+from tests.data_pipelines import disguises
+from tests.data_pipelines.disguises import DISGUISES
 
 KINDS = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
@@ -153,17 +155,58 @@ def test_an_old_or_foreign_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="older than torch 1.6 must be saved again"):
         open_weights(tmp_path / "old.pt")
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(WeightsError, match="is not a zip file of torch.save"):
+    with pytest.raises(WeightsError, match="is a plain pickle, not a zip file of torch.save"):
         open_weights(tmp_path / "pickle.pt")
     with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
         archive.writestr("readme.txt", "hello")
     with pytest.raises(WeightsError, match="holds no single data.pkl"):
         open_weights(tmp_path / "zip.pt")
-    (tmp_path / "text.safetensors").write_text("this is not a tensor file at all")
-    with pytest.raises(WeightsError, match="is not a safetensors file"):
-        open_weights(tmp_path / "text.safetensors")
+    (tmp_path / "noise.safetensors").write_bytes(b"\xff\xfe\xfd" * 99)
+    with pytest.raises(WeightsError, match="is not a safetensors file; give a .safetensors or .pt"):
+        open_weights(tmp_path / "noise.safetensors")
+    (tmp_path / "noise.pt").write_bytes(b"\xff\xfe\xfd" * 99)
+    with pytest.raises(WeightsError, match="is not a zip file of torch.save; give a .pt or .safetensors"):
+        open_weights(tmp_path / "noise.pt")
     with pytest.raises(WeightsError, match="nowhere.pt does not exist"):
         open_weights(tmp_path / "nowhere.pt")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_files_that_are_something_else(tmp_path: Path, suffix: str) -> None:
+    """What a download or a repository leaves in place of weights is named, with the way to the weights."""
+    path = tmp_path / f"weights{suffix}"
+    for name in disguises.but("zip") if suffix == ".pt" else DISGUISES:
+        says = disguises.put(path, name)
+        with pytest.raises(WeightsError, match=f"weights{suffix} {says}"):
+            open_weights(path)
+    says = disguises.dangle(path)
+    with pytest.raises(WeightsError, match=f"weights{suffix} {says}"):
+        open_weights(path)
+
+
+def test_weights_under_the_other_name(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(WeightsError, match="a.pt is a safetensors file; name it so"):
+        open_weights(tmp_path / "a.pt")
+    torch.save({"x": torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match="a.safetensors is a zip file; .*name it .pt"):
+        open_weights(tmp_path / "a.safetensors")
+
+
+def test_damaged_json_beside_the_weights(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(2)}, tmp_path / "model-00001-of-00001.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    for content, says in (
+        (b'{"weight_map": {', "is not valid JSON"), (b'{"metadata": {}}', "is not an index of shards .*weight_map"),
+        (disguises.LFS, "is a pointer of Git LFS"), (b'{"weight_map": [7]}', "is not an index of shards"),
+    ):  # fmt: skip
+        index.write_bytes(content)
+        with pytest.raises(WeightsError, match=f"index.json {says}"):
+            open_weights(tmp_path)
+    index.unlink()
+    (tmp_path / "config.json").write_text('{"dim": 24,')
+    with pytest.raises(WeightsError, match="config.json is not valid JSON .*; copy it again"):
+        open_weights(tmp_path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
@@ -174,7 +217,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, name: str, share: float) -> N
     torch.save(tensors, path) if name == "a.pt" else save_file(tensors, path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(WeightsError, match=f"{name} .*(cut off|is not a)"):
+    with pytest.raises(WeightsError, match=f"{name} .*(cut off|is not a|is empty)"):
         open_weights(path)
 
 

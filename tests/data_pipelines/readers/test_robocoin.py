@@ -143,14 +143,16 @@ def test_datasets_without_subtasks(broken: Path) -> None:
         ('{"subtask_index": 0, "subtask": "a"}\n{"subtask_index": 0, "subtask": "b"}', "line 2, must be .*once"),
         ('\n{"subtask_index": 0}', "line 2, must be"),
         ('{"subtask_index": "0", "subtask": "a"}', "line 1, must be"),
-        ("[0]", "line 1, must be"),
-        ("{", "line 1, must be"),
+        ("[0]", "line 1, holds .*expected a JSON object"),
+        ('{"subtask_index": 0, "subtask": "a"}\n{', "line 2, is not valid JSON"),
     ],
 )
 def test_broken_list_of_subtasks(broken: Path, text: str, message: str) -> None:
     (broken / "annotations/subtask_annotations.jsonl").write_text(text)
+    dataset = open_robocoin(broken)
+    assert len(dataset.states(1)) == 23  # training needs no subtasks
     with pytest.raises(DatasetError, match=f"subtask_annotations.jsonl, {message}"):
-        open_robocoin(broken)
+        subtasks(dataset, 1)
 
 
 def test_subtask_that_is_not_listed(broken: Path) -> None:

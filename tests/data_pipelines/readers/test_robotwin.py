@@ -13,6 +13,7 @@ from PIL import Image
 from data_pipelines.episodes import DatasetError
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.readers.robotwin import ARMS_OF_SIX, Robotwin, open_robotwin
+from tests.data_pipelines import disguises
 
 LENGTHS = (9, 12)
 SIZES = {"cam_high": (24, 32), "cam_left_wrist": (16, 16), "cam_right_wrist": (16, 16)}
@@ -206,20 +207,27 @@ def refused(root: Path, message: str, use: Callable[[Robotwin], object] = lambda
 
 def test_missing_episode(root: Path) -> None:
     episode_path(root, 0).unlink()
-    refused(root, r"holds 1 files episode\*.hdf5, expected the numbers 0..0 once each")
+    refused(root, r"holds 1 files episode\*.hdf5, expected the numbers 0..0 once each, 0 is missing; copy what")
 
 
 def test_file_with_a_name_of_its_own(root: Path) -> None:
     episode_path(root, 1).rename(root / "data/episode1_bad.hdf5")
-    refused(root, r"holds 2 files episode\*.hdf5, expected the numbers 0..1 once each")
+    refused(root, "data/episode1_bad.hdf5 has no number of an episode; give it one, or move it elsewhere")
 
 
 def test_truncated_file(root: Path) -> None:
     path = episode_path(root, 1)
     whole = path.read_bytes()
-    for kept in (0, 100, len(whole) // 2, len(whole) - 1):
+    for kept in (100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:kept])
         refused(root, f"{path.name} cannot be read as HDF5 .*; copy or record the episode again")
+
+
+@pytest.mark.parametrize("name", disguises.but("hdf5"))
+def test_files_that_are_something_else(root: Path, name: str) -> None:
+    path = episode_path(root, 1)
+    says = disguises.put(path, name)
+    refused(root, f"{path.name} {says}")
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # made infinite, and then refused
@@ -252,7 +260,23 @@ def test_camera_missing_in_one_episode(root: Path) -> None:
     name = picture_name(root, "cam_left_wrist")
     with h5py.File(episode_path(root, 1), "a") as file:
         del file[name]
-    refused(root, f"{episode_path(root, 1).name} lacks the dataset {name} with 1 axes")
+    dataset = open_robotwin(root)  # others may be all that is needed
+    assert dataset.frames(1, "cam_high", [0]).shape[0] == 1 and len(dataset.states(1)) == LENGTHS[1]
+    with pytest.raises(DatasetError, match=f"{episode_path(root, 1).name} lacks the dataset {name} with 1 axes"):
+        dataset.frames(1, "cam_left_wrist", [0])
+
+
+def test_first_picture_of_a_camera_nobody_asks_for(root: Path) -> None:
+    """Its size is not known then; nothing else is lost."""
+    name = picture_name(root, "cam_left_wrist")
+    with h5py.File(episode_path(root, 0), "a") as file:
+        whole = file[name][:]
+        del file[name]
+        file[name] = np.array([whole[0][:50], *whole[1:]], whole.dtype)
+    dataset = open_robotwin(root)
+    dataset.require_cameras(["cam_high", "cam_right_wrist"])
+    with pytest.raises(DatasetError, match=f"row 0 of {name} is not a whole JPEG"):
+        dataset.require_cameras(["cam_high", "cam_left_wrist"])
 
 
 def test_camera_missing_in_all_episodes(root: Path) -> None:
@@ -270,7 +294,8 @@ def test_fewer_pictures_than_rows(root: Path) -> None:
         fewer = file[name][:-1]
         del file[name]
         file[name] = fewer
-    refused(root, rf"holds different numbers of rows \(.*{name} 11.*\); record")
+    refused(root, f"holds 11 pictures of {name} for 12 rows; record", lambda d: d.frames(1, "cam_high", [0]))
+    open_robotwin(root).frames(1, "cam_left_wrist", [0])
 
 
 def test_zero_length_episode(root: Path) -> None:
@@ -353,7 +378,8 @@ def test_broken_instruction_of_the_classic_form(tmp_path: Path, text: str | None
     path.unlink()
     if text is not None:
         path.write_text(text)
-    refused(tmp_path, r"instructions/episode1.json (does not exist; copy the folder|must hold .*\"seen\")")
+    says = r"does not exist; copy the folder|must hold .*\"seen\"|is not valid JSON .*; generate|holds .*JSON object"
+    refused(tmp_path, f"instructions/episode1.json ({says})")
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '[""]', "[3]"])
