@@ -349,7 +349,7 @@ def test_a_config_of_another_export_is_noticed(copy: Path) -> None:
 
 
 def test_a_manifest_that_says_nothing_is_refused(copy: Path) -> None:
-    for text, message in (("{", "is not readable"), ('{"format": 2, "files": {}}', "has format 2, this version")):
+    for text, message in (("{", "is not valid JSON"), ('{"format": 2, "files": {}}', "has format 2, this version")):
         (copy / MANIFEST).write_text(text)
         with pytest.raises(ExportError, match=message):
             load_export(copy)

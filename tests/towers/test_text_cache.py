@@ -289,7 +289,7 @@ def test_entries_of_two_encoders_never_mix(cache: Path, tokenizer: Tokenizer, tm
         encode_prompts(["pick", "cube"], cache, tokenizer, loader, mesh(1), batch=1)
     assert files(cache) == before
     (cache / "encoder.json").write_text("[1")
-    with pytest.raises(ValueError, match="encoder.json is not readable"):
+    with pytest.raises(ValueError, match="encoder.json is not valid JSON"):
         encode_prompts(["cube"], cache, tokenizer, Loader(), mesh(1), batch=1)
 
 

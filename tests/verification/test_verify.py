@@ -130,7 +130,7 @@ DAMAGED_FILES = {
     "truncated": ("s_scheduler.safetensors", truncate, "s_scheduler.safetensors is not a readable safetensors file"),
     "empty": ("tiny_weights.safetensors", lambda path: path.write_bytes(b""), "tiny_weights.safetensors is not a"),
     "no config": ("config.json", Path.unlink, "config.json does not exist"),
-    "cut config": ("config.json", truncate, "must be JSON with a 'fixtures' object"),
+    "cut config": ("config.json", truncate, "is not valid JSON"),
     "empty config": ("config.json", lambda path: path.write_text("{}"), "must be JSON with a 'fixtures' object"),
     "no fixtures": ("config.json", lambda path: path.write_text('{"fixtures": {}}'), "Nothing was checked"),
     "fixture of a later version": (
