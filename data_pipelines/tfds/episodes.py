@@ -128,7 +128,8 @@ def open_converted(root: str | Path) -> Converted:
     content = read_json(path, DatasetError, "copy it again")
     wrong = [name for name, kind in FIELDS.items() if not isinstance(content.get(name), kind)]
     if wrong or content["version"] != layout.VERSION:
-        raise DatasetError(f"{path}: {', '.join(wrong) or 'version'} is of another kind; copy or convert it again.")
+        names = ", ".join(wrong) or "version"
+        raise DatasetError(f"{path}: {names} is missing or of another kind; copy or convert it again.")
     return Converted(root, content)
 
 
