@@ -418,11 +418,12 @@ def _checked_cameras(cameras: Mapping[str, tuple[int, int]], rate: Fraction) -> 
         if not hasattr(size, "__len__") or len(size) != 2:
             raise ValueError(f"The size of {key} is {size!r}: expected (height, width) in pixels.")
         height, width = (_checked_count(value, f"The size of {key}") for value in size)
+        if height % 2 or width % 2:
+            raise ValueError(f"The size of {key} is {height}x{width}: h264 needs an even height and width; resize.")
         checked[name] = height, width
     for size in set(checked.values()):
         keys = ", ".join(key for key, found in checked.items() if found == size)
         black = np.zeros((2, *size, 3), np.uint8)
-        check_images(black, keys)
         try:
             check_video(encode_video(black, rate), rate, keys)
         except (av.error.FFmpegError, OverflowError, ValueError) as error:
