@@ -56,7 +56,7 @@ DATA = {
         "episodes", "readers", "normalization", "canvas", "windows", "loader", "recording", "progress",
         "disk", "tfds",
     },
-    "tfds": {"episodes", "readers", "caches", "progress", "disk", "ownership", "paths", "files"},
+    "tfds": {"episodes", "readers", "caches", "progress", "disk", "processes", "ownership", "paths", "files"},
 }
 EXPORT = {
     "manifest": set(),

@@ -14,14 +14,15 @@ from data_pipelines.readers.subset import is_name, load_subset
 from data_pipelines.tfds.builder import ENCODINGS, Folder, Source
 from data_pipelines.tfds.convert import Conversion, convert, plan
 
+LOST_WORKERS = "direct_running_mode=multi_processing"
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="ahawam convert",
         description="Convert a dataset, or all datasets of a subset file, into ArrayRecord shards for TFDS and grain. "
         "Stopped at any moment, it goes on with the missing shards when run again.",
-        epilog="Options of Apache Beam and of its runner follow after --, as in: -- --direct_num_workers=4 "
-        "--direct_running_mode=multi_processing",
+        epilog="With --runner, options of Apache Beam and of its runner follow after --, as in: -- --region=REGION",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -31,19 +32,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=local_path, required=True, help="folder for <out>/robot_episodes/<name>/1.0.0")
     parser.add_argument("--image-format", choices=sorted(ENCODINGS), default="jpeg", help="png keeps every bit")
     parser.add_argument("--episodes-per-shard", type=int, default=50, help="at most so many episodes in a file")
+    parser.add_argument("--processes", type=int, default=1, help="of this machine; a shard each at a time")
     parser.add_argument(
-        "--runner", default="FnApiRunner",
-        help="Beam runner: FnApiRunner (here), DirectRunner, DataflowRunner, FlinkRunner, SparkRunner",
-    )  # fmt: skip
+        "--runner", help="Apache Beam's, in place of processes here: DataflowRunner, FlinkRunner, SparkRunner, ..."
+    )
     parser.add_argument("beam", nargs="*", metavar="-- BEAM OPTION", help="passed to Beam")
     arguments = parser.parse_args(argv)
     if arguments.episodes_per_shard < 1:
         parser.error(f"--episodes-per-shard is {arguments.episodes_per_shard}: expected at least 1")
+    if arguments.processes < 1 or (arguments.processes > 1 and arguments.runner):
+        parser.error(f"--processes is {arguments.processes}: expected at least 1, and no more beside --runner")
+    if arguments.beam and not arguments.runner:
+        parser.error(f"{' '.join(arguments.beam)}: options of Beam without --runner")
+    if any(LOST_WORKERS in option for option in arguments.beam):
+        parser.error(f"{LOST_WORKERS} waits for ever for a worker that was killed: use --processes without --runner")
+    beam = [f"--runner={arguments.runner}", *arguments.beam] if arguments.runner else []
     started = time.monotonic()
     try:
         conversions = _plan(_sources(arguments), arguments)
         new = [len(conversion.missing()) for conversion in conversions]
-        convert(conversions, [f"--runner={arguments.runner}", *arguments.beam])
+        convert(conversions, arguments.processes, beam)
     except (ValueError, OSError) as problem:
         sys.exit(f"error: {problem}")
     for conversion, written in zip(conversions, new, strict=True):

@@ -1,12 +1,13 @@
-"""Converts datasets into ArrayRecord shards with Apache Beam, on one machine or on many.
+"""Converts datasets into ArrayRecord shards, with processes of this machine or with Apache Beam on many.
 
-Each shard is an element of the pipeline: a worker reads its episodes and writes its files. TFDS's own Beam writer is
-not used: it shuffles every encoded episode between workers before it writes any, and starts anew when interrupted.
+A worker reads the episodes of a shard and writes its files. TFDS's own Beam writer is not used: it shuffles every
+encoded episode between workers before it writes any, and starts anew when interrupted.
 
 A shard gets its name only when it is whole and on disk, so that a run which was stopped at any moment is taken up by
 running it again: what is there is kept, what is missing is written. Which episodes are in which shard, and every byte
-of it, depend on the dataset and the settings alone; conversion.json remembers those, and a rerun that differs is
-refused. TFDS reads the folder once dataset_info.json is there, which comes last.
+of it, depend on the dataset and the settings alone; conversion.json remembers those, a hash of all that is recorded
+among them, and a rerun that differs is refused. TFDS reads the folder once dataset_info.json is there, which comes
+last.
 
 Single pictures take more room than video: about five times as much for h264 of two frames per key frame.
 
@@ -14,13 +15,13 @@ Workers on several machines need this package and a folder mounted on all of the
 datasets and for the result. Only one conversion at a time writes to a folder; others are refused.
 """
 
+import hashlib
 import json
-import os
 import shutil
 import sys
 import tempfile
-import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,14 +36,18 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from data_pipelines.caches.keys import recorded
+from data_pipelines.disk import whole_file, writing
 from data_pipelines.episodes import DatasetError, Episodes
 from data_pipelines.files import read_json
 from data_pipelines.ownership import owned
 from data_pipelines.paths import local_path
+from data_pipelines.processes import worker_pool
 from data_pipelines.readers.robocoin import subtasks
 from data_pipelines.tfds import layout
 from data_pipelines.tfds.builder import Source, builder, example
 
+SAFE = "The shards before are kept; the same command goes on with those that are missing."
 LARGEST_EXAMPLE = 2**31 - 2**24  # bytes of pictures; protocol buffers end at 2 GiB, the rest is for the rows
 
 
@@ -74,8 +79,10 @@ def plan(source: Source, out: Path, image_format: str = "jpeg", episodes_per_sha
     dataset = source.open()
     shards = -(-len(dataset.lengths) // episodes_per_shard)
     conversion = Conversion(source, local_path(out), image_format, shards)
-    with owned(conversion.root):
-        _take_up(conversion.root / layout.CONVERSION, _describe(dataset, image_format, shards))
+    with writing(conversion.root, SAFE), owned(conversion.root):
+        described = _describe(dataset, image_format, shards)
+        described["recording"] = _recording(dataset, conversion.root.parent)
+        _take_up(conversion.root / layout.CONVERSION, described)
     return conversion
 
 
@@ -86,18 +93,20 @@ def _take_up(path: Path, wanted: dict) -> None:
         differing = [key for key in wanted if found.get(key) != wanted[key]]
         if differing:
             raise DatasetError(
-                f"{path} belongs to another conversion ({', '.join(differing)} differ); go on with its dataset and "
-                "settings, or choose another folder or name."
+                f"{path} belongs to another conversion ({', '.join(differing)} differ); go on with its dataset as it "
+                "was and its settings, or choose another folder or name."
             )
     else:
         _write_whole(path, lambda file: file.write_text(json.dumps(wanted)))
 
 
-def convert(conversions: Sequence[Conversion], beam_options: Sequence[str] = ("--runner=FnApiRunner",)) -> None:
-    """Writes all missing shards in one Beam pipeline, then what TFDS needs to read them.
+def convert(conversions: Sequence[Conversion], processes: int = 1, beam_options: Sequence[str] = ()) -> None:
+    """Writes all missing shards, then what TFDS needs to read them.
 
-    beam_options: as on Beam's command line; FnApiRunner runs in this process. Errors of workers come out of here.
-    Raises OwnedError where another process is converting into one of the folders.
+    processes: of this machine that write shards; 1 is this one. beam_options: as on Beam's command line, --runner
+    among them: then one Beam pipeline writes the shards instead. Errors of workers come out of here. Raises DiskError
+    where the disk takes no more, WorkerError where one of `processes` was killed, OwnedError where another process is
+    converting into one of the folders.
     """
     _opened.cache_clear()  # datasets may have changed since the last conversion in this process
     with ExitStack() as stack:
@@ -106,12 +115,20 @@ def convert(conversions: Sequence[Conversion], beam_options: Sequence[str] = ("-
             for left in conversion.root.glob(".*.partial"):  # of one that was stopped
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         tasks = [(conversion, shard) for conversion in conversions for shard in conversion.missing()]
-        if tasks:
+        if beam_options and tasks:
             with beam.Pipeline(options=PipelineOptions(list(beam_options))) as pipeline:
                 # Without the reshuffle one worker would do all that follows Create.
                 _ = pipeline | beam.Create(tasks) | beam.Reshuffle() | "WriteShard" >> beam.MapTuple(write_shard)
+        elif processes > 1 and tasks:
+            with worker_pool(processes, SAFE) as pool:
+                for future in as_completed([pool.submit(write_shard, *task) for task in tasks]):
+                    future.result()
+        else:
+            for task in tasks:
+                write_shard(*task)
         for conversion in conversions:
-            _finish(conversion)
+            with writing(conversion.root, SAFE):
+                _finish(conversion)
 
 
 def write_shard(conversion: Conversion, shard: int) -> None:
@@ -196,27 +213,30 @@ def _row_table(dataset: Episodes, episode: int) -> pa.Table:
     return pa.Table.from_arrays([pa.array(column) for column in columns], schema=_row_schema(dataset))
 
 
+def _recording(dataset: Episodes, folder: Path) -> str:
+    """Hash of all that is converted: every row and the files of all pictures, of which `folder` keeps notes."""
+    digest = hashlib.sha256(recorded(dataset, list(dataset.cameras), folder).encode())
+    for episode in range(len(dataset.lengths)):
+        for rows in (dataset.states(episode), dataset.actions(episode), dataset.timestamps(episode)):
+            digest.update(np.ascontiguousarray(rows).data)
+        digest.update(json.dumps([dataset.instruction(episode), subtasks(dataset, episode)]).encode())
+    return digest.hexdigest()
+
+
 def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Has a file written under another name, which it loses only when all of it is on the disk."""
-    # Beam may run the same shard twice at a time; the names differ, the bytes do not.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
+    with writing(path, SAFE), whole_file(path) as partial:  # Beam may run the same shard twice at a time
         write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _finish(conversion: Conversion) -> None:
-    """Writes TFDS's descriptions of the dataset; Beam has returned, so all shards are there."""
+    """Writes TFDS's descriptions of the dataset; the workers have returned, so all shards are there."""
     root, shards = conversion.root, conversion.shards
     missing = conversion.missing()
     if missing:
         raise DatasetError(
-            f"{root} lacks the shards {', '.join(map(str, missing))} after the pipeline ended; check that its workers "
-            "see this folder, and run the conversion again."
+            f"{root} lacks the shards {', '.join(map(str, missing))} after the workers ended; check that they see "
+            "this folder, and run the conversion again."
         )
     info = builder(conversion.source, conversion.out, conversion.image_format).info
     starts = layout.shard_starts(len(conversion.source.open().lengths), shards)

@@ -1,5 +1,6 @@
 """Conversion to ArrayRecord: TFDS, grain and our reader return what was recorded; interruptions cost nothing."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,8 +17,10 @@ pytest.importorskip("apache_beam")
 tfds = pytest.importorskip("tensorflow_datasets")
 
 from ahawam_jax.commands.convert import main  # noqa: E402
+from data_pipelines.disk import DiskError  # noqa: E402
 from data_pipelines.episodes import DatasetError  # noqa: E402
 from data_pipelines.ownership import OwnedError, owned  # noqa: E402
+from data_pipelines.processes import WorkerError  # noqa: E402
 from data_pipelines.readers.robocoin import LAYOUTS, open_robocoin, subtasks  # noqa: E402
 from data_pipelines.readers.subset import Entry  # noqa: E402
 from data_pipelines.tfds import layout  # noqa: E402
@@ -25,6 +29,7 @@ from data_pipelines.tfds.convert import _write_whole, convert, plan, write_shard
 from data_pipelines.tfds.episodes import open_converted  # noqa: E402
 from tests.data_pipelines import tiny_dataset as tiny  # noqa: E402
 from tests.data_pipelines import tiny_robocoin as coin  # noqa: E402
+from tests.full_disk import files_end_at  # noqa: E402
 
 NAMES = list(LAYOUTS["two_6dof_arms"].names)
 
@@ -273,7 +278,8 @@ def test_another_conversion_in_the_same_folder(entry: Entry, recorded: Path, who
         plan(entry, out, "png", 1)
     with pytest.raises(DatasetError, match="image_format differ"):
         plan(entry, out, "jpeg", 2)
-    with pytest.raises(DatasetError, match="robot, cameras, state_dim, action_dim, state_names, action_names differ"):
+    differing = "robot, cameras, state_dim, action_dim, state_names, action_names, recording differ"
+    with pytest.raises(DatasetError, match=differing):
         plan(Folder("coin", recorded), out, "png", 2)
     assert contents(whole) == before
 
@@ -288,7 +294,7 @@ def test_damaged_description_of_a_conversion(entry: Entry, tmp_path: Path, text:
 def test_shards_that_did_not_arrive(entry: Entry, tmp_path: Path, monkeypatch) -> None:
     """Workers of another machine may write to a folder of theirs."""
     monkeypatch.setattr("data_pipelines.tfds.convert.write_shard", lambda conversion, shard: None)
-    with pytest.raises(DatasetError, match="lacks the shards 0, 1 after the pipeline ended"):
+    with pytest.raises(DatasetError, match="lacks the shards 0, 1 after the workers ended"):
         convert([plan(entry, tmp_path, "png", 2)])
 
 
@@ -314,19 +320,83 @@ def test_command_line(recorded: Path, tmp_path: Path, monkeypatch, capsys: pytes
 
 def test_options_reach_beam(recorded: Path, tmp_path: Path, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr("ahawam_jax.commands.convert.convert", lambda conversions, options: seen.append(options))
+    monkeypatch.setattr("ahawam_jax.commands.convert.convert", lambda *arguments: seen.append(arguments[1:]))
     arguments = ["tfds", "--dataset", str(recorded), "--out", str(tmp_path), "--runner", "FlinkRunner"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--", "--flink_master=localhost:8081", "--parallelism=8"])
     main()
-    assert seen == [["--runner=FlinkRunner", "--flink_master=localhost:8081", "--parallelism=8"]]
+    assert seen == [(1, ["--runner=FlinkRunner", "--flink_master=localhost:8081", "--parallelism=8"])]
+    for wrong in (["--processes=0"], ["--processes=2", "--runner=X"], ["--", "--parallelism=8"], [
+        "--runner=DirectRunner", "--", "--direct_running_mode=multi_processing",
+    ]):  # fmt: skip
+        with pytest.raises(SystemExit, match="2"):
+            main(["--dataset", str(recorded), "--out", str(tmp_path), *wrong])
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "way", [{"processes": 2}, {"beam_options": ["--runner=FnApiRunner"]}], ids=["processes", "Beam"]
+)
+def test_ways_to_convert(entry: Entry, whole: Path, tmp_path: Path, way: dict) -> None:
+    conversion = plan(entry, tmp_path, "png", 2)
+    convert([conversion], **way)
+    assert contents(conversion.root) == contents(whole)
+
+
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_an_error(entry: Entry, tmp_path: Path, monkeypatch) -> None:
+    conversion = plan(entry, tmp_path, "png", 2)
+    monkeypatch.setattr("data_pipelines.tfds.convert.write_shard", killed)
+    with pytest.raises(WorkerError, match="was killed by SIGKILL.*The shards before are kept; the same command goes"):
+        convert([conversion], processes=2)
+
+
+def test_a_full_disk_keeps_the_shards_before(entry: Entry, whole: Path, tmp_path: Path) -> None:
+    """Of the tables, then of the pictures, whose library does not raise OSError."""
+    conversion = plan(entry, tmp_path, "png", 2)
+    write_shard(conversion, 0)
+    for size in (1000, 20_000):
+        words = "00001-of-00002.* cannot be written: .*The shards before are kept; the same command goes on"
+        with files_end_at(size), pytest.raises(DiskError, match=words):
+            convert([conversion])
+        assert conversion.missing() == [1] and not list(conversion.root.glob(".*.partial"))
+    convert([conversion])
+    assert contents(conversion.root) == contents(whole)
+
+
+def test_another_recording_is_another_conversion(entry: Entry, recorded: Path, whole: Path, tmp_path: Path) -> None:
+    """Of the same sizes and names: pictures behind a link, actions, or annotations differ."""
+    changed = shutil.copytree(recorded, tmp_path / "changed")
+    (changed / "videos").rename(tmp_path / "videos")
+    (changed / "videos").symlink_to(tmp_path / "videos")
+    conversion = plan(dataclasses.replace(entry, path=changed), tmp_path / "out", "png", 2)
+    assert (conversion.root / layout.CONVERSION).read_bytes() == (whole / layout.CONVERSION).read_bytes()
+
+    def refused() -> bool:
+        with pytest.raises(DatasetError, match="belongs to another conversion .recording differ.; go on with its dat"):
+            plan(dataclasses.replace(entry, path=changed), tmp_path / "out", "png", 2)
+        return True
+
+    video = tiny.video_path(changed, "cam_left_wrist_rgb", 1)
+    before = video.read_bytes()
+    video.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert refused()
+    video.write_bytes(before)
+    plan(dataclasses.replace(entry, path=changed), tmp_path / "out", "png", 2)
+    rows = tiny.data_path(changed, 1)
+    tiny.change_column(rows, "action", lambda v: pa.array([[x * 2 for x in row] for row in v], pa.list_(pa.float32())))
+    assert refused()
 
 
 def test_faults_end_in_their_sentence(recorded: Path, tmp_path: Path, monkeypatch) -> None:
     """Of a worker, and of a name that is none."""
     damaged = shutil.copytree(recorded, tmp_path / "damaged")
-    tiny.video_path(damaged, "cam_left_wrist_rgb", 1).unlink()
+    video = tiny.video_path(damaged, "cam_left_wrist_rgb", 1)
+    video.write_bytes(video.read_bytes()[:500])
     monkeypatch.setattr(sys, "argv", ["tfds", "--dataset", str(damaged), "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="'cam_left_wrist_rgb', episode 1.* does not exist"):
+    with pytest.raises(SystemExit, match="error: .*'cam_left_wrist_rgb', episode 1.* cannot be decoded"):
         main()
     root = layout.folder(tmp_path, "damaged")
     assert [path.name for path in root.iterdir() if "array_record" in path.name] == []
