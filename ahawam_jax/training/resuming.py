@@ -20,8 +20,8 @@ from data_pipelines.disk import whole_file, writing
 
 FREE_FIELDS = (
     "train.log_every", "train.checkpoint_every", "train.validate_every", "train.keep", "mesh", "data.cache",
-    "data.latent", "data.workers", "policy", "init", "towers.video_weights", "towers.text_cache",
-    "train.steps", "train.epochs",
+    "data.latents", "data.latent_clips", "data.workers", "policy", "init", "towers.video_weights",
+    "towers.text_cache", "train.steps", "train.epochs",
     "data.path", "data.validation_episodes",  # what they lead to is compared by its content
 )  # fmt: skip
 ACCEPT = "--accept-changed-data"

@@ -82,6 +82,12 @@ def other_video(root: Path) -> None:
     tiny.write_video(tiny.video_path(root, "cam_high", 1), images)
 
 
+def other_bytes(root: Path) -> None:
+    """A file of the same size."""
+    path = tiny.video_path(root, "cam_high", 1)
+    path.write_bytes(path.read_bytes()[:-64] + bytes(64))
+
+
 def renumbered(order: tuple[int, ...]) -> Callable[[Path], None]:
     """Episode i becomes what episode order[i] was; the order may be shorter or repeat."""
 
@@ -123,6 +129,7 @@ CHANGES = {
     "added": (renumbered((0, 1, 2, 0)), "it has 4 episodes, had 3; the former ones unchanged"),
     "removed": (renumbered((0, 2)), "it has 2 episodes, had 3; another one from episode 1 on"),
     "video": (other_video, "the pictures of cam_high changed in 1 of its 3 episodes, first in episode 1"),
+    "same size": (other_bytes, "the pictures of cam_high changed in 1 of its 3 episodes, first in episode 1"),
     "robot": (lambda root: tiny.change_info(root, robot_type="other"), "its robot was 'tiny', is 'other'"),
 }  # fmt: skip
 
