@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+_PREPARED = "AHAWAM_TESTS_PREPARED"
+
 
 def _prepare_environment() -> None:
-    """Of the first process; pytest-xdist's workers inherit it. Must be called before anything imports jax."""
+    """Of the first process; those that it starts inherit it. Must be called before anything imports jax."""
+    os.environ[_PREPARED] = "1"
     # A fifth of the compile time, for what then runs for milliseconds, and eight virtual devices, for the tests of
     # sharding. Flags of the caller stay.
     quick = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
@@ -30,7 +33,8 @@ def _prepare_environment() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# Worker processes that import a test module come here too: pytest-xdist's, and those of a loader in a test.
+if _PREPARED not in os.environ:
     _prepare_environment()
 
 ONE_DEVICE = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"  # the later flag counts

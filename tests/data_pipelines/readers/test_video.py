@@ -67,12 +67,15 @@ def test_size_must_be_the_promised_one(video: Path) -> None:
 
 
 def test_damaged_metadata(tmp_path: Path) -> None:
-    """The name of the encoder is no text any more."""
+    """The name of the encoder is no text any more: PyAV 18 refuses the file, 19 reads past what nobody asked for."""
     path = tmp_path / "clip.mp4"
     tiny.write_video(path, [tiny.picture(0, SIZE)])
     path.write_bytes(path.read_bytes().replace(b"Lavf", b"\xc7avf"))
-    with pytest.raises(VideoError, match="can't decode byte"):
-        numbers_of(path, [0])
+    if int(av.__version__.partition(".")[0]) >= 19:
+        assert numbers_of(path, [0]) == [0]
+    else:
+        with pytest.raises(VideoError, match="can't decode byte"):
+            numbers_of(path, [0])
 
 
 def test_file_without_pictures(tmp_path: Path) -> None:
