@@ -24,13 +24,14 @@ EPISODE = ("number of rows", "states", "actions", "instruction")  # what may dif
 SUMMED = ("states", "actions")  # of which only a checksum is kept
 
 Record = dict[str, Any]
+Rows = tuple[int, str, str]  # of an episode: how many, checksums of states and actions
 
 
 def describe(part: Part, cameras: Sequence[str]) -> Record:
     """A dataset of a mixture, seen by these cameras, JSON-ready; reads all of its rows.
 
     name, path, robot, fps, weight; cameras {name: [height, width]}; texts: the instructions that an episode has, in
-    order; held_out: [], indices of episodes. Of each episode: lengths; instructions, places in texts; and, one after
+    order. Of each episode: lengths; instructions, places in texts; and, one after
     the other, checksums: states and actions, of the values; pictures {camera: of its file and the place in it}.
     Raises DatasetError for damaged rows and files that cannot be read.
     """
@@ -53,7 +54,6 @@ def describe(part: Part, cameras: Sequence[str]) -> Record:
         "states": "".join(states),
         "actions": "".join(actions),
         "instructions": [known[text] for text in texts],
-        "held_out": [],
     }
 
 
@@ -83,23 +83,29 @@ def _ends(path: Path) -> int:
         raise DatasetError(f"{path} cannot be read ({error.strerror}); copy the dataset again.") from error
 
 
-def hold_out(record: Record, count: int, before: Record | None) -> list[int]:
-    """Episodes to keep from training: the last `count`, or, of a dataset that was described `before`, the same ones
-    as then: by their place, or, if they are not there any more, by their rows.
+def hold_out(record: Record, count: int, before: Record | None) -> None:
+    """Adds to a description which episodes are kept from training, and the count that was asked for.
 
-    Raises DatasetError where no episode would be left to train on.
+    They are the last `count`, or, of a dataset that was described `before` and asked for as many, the same ones as
+    then, found by their rows where they have moved. Raises DatasetError where no episode is left to train on.
     """
     total = len(record["lengths"])
-    if before is None or len(before["held_out"]) != count:
-        chosen = list(range(total - count, total))
-    else:
+    chosen = list(range(total - count, total))
+    if before and before["hold_out"] == count:
         then, now = ([episode[:3] for episode in _episodes(x)] for x in (before, record))  # whatever is said to do
-        moved = {rows: place for place, rows in enumerate(now)}
-        places = (e if now[e : e + 1] == [then[e]] else moved.get(then[e], e) for e in before["held_out"])
-        chosen = sorted({place for place in places if place < total})
+        chosen = sorted({e for e in (_now(place, then, now) for place in before["held_out"]) if e is not None})
     if len(chosen) >= total:
         raise DatasetError(f"{record['path']}: all {total} episodes are held out of training; begin a new run on it.")
-    return chosen
+    record |= {"hold_out": count, "held_out": chosen}
+
+
+def _now(place: int, then: list[Rows], now: list[Rows]) -> int | None:
+    """Where an episode is now: in its place, where its rows are, or in its place with other rows than any had."""
+    if now[place : place + 1] == [then[place]]:
+        return place
+    if then[place] in now:
+        return now.index(then[place])
+    return place if place < len(now) and now[place] not in then else None
 
 
 def changes(before: Sequence[Record], now: Sequence[Record]) -> list[str]:
@@ -139,8 +145,8 @@ def _of_dataset(before: Record, now: Record) -> Iterator[str]:
         if before[key] != now[key]:
             yield f"{where}: its {what} was {before[key]!r}, is {now[key]!r}"
     yield from (f"{where}: {line}" for line in _of_episodes(before, now))
-    if len(before["held_out"]) != len(now["held_out"]):
-        yield f"{where}: {len(before['held_out'])} episodes were held out of training, {len(now['held_out'])} are now"
+    if before["hold_out"] != now["hold_out"]:
+        yield f"{where}: {before['hold_out']} episodes were held out of training, now {now['hold_out']} are to be"
 
 
 def _of_episodes(before: Record, now: Record) -> Iterator[str]:

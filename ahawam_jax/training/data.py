@@ -72,7 +72,7 @@ def open_data(
     described = [describe(part, canvas.cameras) for part in parts]
     known = before["data"] if before else []
     for of_part in described:
-        of_part["held_out"] = hold_out(of_part, count, pair(known, of_part, len(parts)))
+        hold_out(of_part, count, pair(known, of_part, len(parts)))
     words = dict.fromkeys(text for of_part in described for text in of_part["texts"])
     tokens = {text: text_tower.tokens(text) for text in words}
     mark = fingerprint(video_tower)

@@ -188,13 +188,25 @@ def test_held_out_episodes_stay_so(
     data = opened(config, before, accepted=True)
     assert data.train[0].episodes == train
     assert [source.episodes for source in data.validation] == ([] if held_out is None else [held_out])
+    again = opened(config, before | data.record)  # as accepted, without a word
+    assert again.train[0].episodes == train and again.record["data"] == data.record["data"]
+
+
+def test_an_episode_in_the_place_of_a_held_out_one(config: ConfigDict, dataset: Path) -> None:
+    """With other rows it is the same episode; one that was trained on is not."""
+    before = record_of(config)
+    before["data"][0]["held_out"] = [0]
+    scale("action", 2, 0)(dataset)
+    assert opened(config, before, accepted=True).validation[0].episodes == [0]
+    renumbered((1, 2))(dataset)
+    assert not opened(config, before, accepted=True).validation
 
 
 def test_another_split(config: ConfigDict) -> None:
     before = record_of(config)
     config.data.validation_episodes = 2
     check_config(before, config, Path("run"))
-    with pytest.raises(ValueError, match="1 episodes were held out of training, 2 are now"):
+    with pytest.raises(ValueError, match="1 episodes were held out of training, now 2 are to be"):
         opened(config, before)
     assert opened(config, before, accepted=True).validation[0].episodes == [1, 2]
 
@@ -210,12 +222,12 @@ def test_towers_that_changed(config: ConfigDict) -> None:
 
 
 # ---------------------------------------------------------------- instructions
-def test_a_task_that_no_episode_has(config: ConfigDict, dataset: Path) -> None:
+@pytest.mark.parametrize("text", ["", "more words than the text tower takes " * 9])
+def test_a_task_that_no_episode_has(config: ConfigDict, dataset: Path, text: str) -> None:
     """It need not even be a text that can be encoded."""
     expected = opened(config)
     path = dataset / "meta/tasks.jsonl"
-    lines = [json.loads(line)["task"] for line in path.read_text().splitlines()]
-    texts = ["", *lines]
+    texts = [text, *(json.loads(line)["task"] for line in path.read_text().splitlines())]
     path.write_text("".join(json.dumps({"task_index": i, "task": text}) + "\n" for i, text in enumerate(texts)))
     for episode in range(3):
         tiny.change_column(
@@ -223,8 +235,11 @@ def test_a_task_that_no_episode_has(config: ConfigDict, dataset: Path) -> None:
         )
     data = opened(config)
     assert data.record["instructions"] == expected.record["instructions"] == ["close the drawer", "open the drawer"]
-    for index in (0, 1):
-        np.testing.assert_array_equal(data.context[data.place[1 + index]], expected.context[expected.place[index]])
+    for episode in range(3):
+        own, other = (
+            x.context[x.place[x.train[0].dataset.instruction_index(episode)]] for x in (data, expected)
+        )
+        np.testing.assert_array_equal(own, other)
 
 
 # ---------------------------------------------------------------- the config
