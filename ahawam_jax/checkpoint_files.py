@@ -6,7 +6,7 @@ files. Imports nothing of ours.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,39 @@ def read_json(path: Path) -> dict[str, Any]:
         raise Damage(f"{path} is cut off or holds something else than JSON ({error})") from None
 
 
+def file_of(item: Path, array: str) -> Path:
+    """Where the values of an array, by its path joined with '/', begin; small ones lie in the store's own nodes."""
+    found = [path for key, path, _ in _references(item) if key.startswith(f"{_stored(array)}/")]
+    return found[0] if found else item
+
+
+def find_undecodable(item: Path, arrays: Iterable[str]) -> str | None:
+    """Reads the arrays of an item one after the other up to the first that cannot be read, and says where it lies."""
+    base = {"driver": "file", "path": f"{item}/"}
+    for array in arrays:
+        store = {"driver": "ocdbt", "base": base, "path": f"{_stored(array)}/"}
+        try:
+            tensorstore.open({"driver": "zarr", "kvstore": store}).result().read().result()
+        except ValueError:
+            return f"{file_of(item, array)} cannot be decoded where {array} lies"
+    return None
+
+
+def _stored(array: str) -> str:
+    return array.replace("/", ".")
+
+
 def _check_store(item: Path) -> None:
-    """Follows the store's tree from its manifest down; every byte range that it names must be there."""
+    """Every byte range that the store names must be there."""
+    for _, path, end in _references(item):
+        size = path.stat().st_size if path.is_file() else -1
+        if size < end:
+            there = f"{size:,} of {end:,} bytes or more"
+            raise Damage(f"{path} is {'missing' if size < 0 else f'cut off, {there}' if size else 'empty'}")
+
+
+def _references(item: Path) -> Iterator[tuple[str, Path, int]]:
+    """What the store's tree, from its manifest down, says of files: key of a value or "", file, least size."""
     store = tensorstore.KvStore.open({"driver": "file", "path": f"{item}/"}).result()
     path = item / MANIFEST
     if not path.is_file():
@@ -59,26 +90,24 @@ def _check_store(item: Path) -> None:
         except ValueError as error:
             size = path.stat().st_size
             raise Damage(f"{path} is {'damaged' if size else 'empty'} ({_first_line(error)})") from None
-        for place in _texts(content):
+        for key, place in _places(content):
             kind, folder, name, first, count = PLACE.fullmatch(place).groups()
             path = item / folder / name
-            size, end = path.stat().st_size if path.is_file() else -1, int(first) + int(count)
-            if size < end:
-                there = f"{size:,} of {end:,} bytes or more"
-                raise Damage(f"{path} is {'missing' if size < 0 else f'cut off, {there}' if size else 'empty'}")
+            yield key, path, int(first) + int(count)
             if kind != "value":
                 nodes.append((path, place))
 
 
-def _texts(content: Any) -> Iterator[str]:
-    """All places in what tensorstore says of a node."""
+def _places(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All places in what tensorstore says of a node, with the key that each is for."""
     if isinstance(content, dict):
+        key = content["key"].decode() if isinstance(content.get("key"), bytes) else key
         content = list(content.values())
     if isinstance(content, (list, tuple)):
         for part in content:
-            yield from _texts(part)
+            yield from _places(part, key)
     elif isinstance(content, str) and PLACE.fullmatch(content):
-        yield content
+        yield key, content
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from ahawam_jax.checkpoint_files import Damage, check_item, read_json
+from ahawam_jax.checkpoint_files import Damage, check_item, file_of, find_undecodable, read_json
 from ahawam_jax.weights.convert import differences, summarize
 from data_pipelines.disk import writing
 from data_pipelines.paths import local_path
@@ -279,9 +279,8 @@ class Checkpoints:
         sums = _sums(list(arrays.values()))
         if other := [name for name, found in zip(arrays, sums, strict=True) if described[name][2] != found]:
             more = f" and {len(other) - 1} other arrays" if other[1:] else ""
-            raise self.damaged(
-                step, f"{self.folder / str(step) / item} holds other values of {other[0]}{more} than were saved"
-            )
+            file = file_of(self.folder / str(step) / item, other[0])
+            raise self.damaged(step, f"{file} holds other values of {other[0]}{more} than were saved")
 
     @contextmanager
     def _damage(self, step: int, item: str) -> Iterator[None]:
@@ -290,7 +289,9 @@ class Checkpoints:
             yield
         except Exception as error:
             _ignore_stragglers()
-            raise self.damaged(step, f"{self.folder / str(step) / item} cannot be read ({_brief(error)})") from error
+            path = self.folder / str(step) / item
+            what = find_undecodable(path, self._described(step, item)) or f"{path} cannot be read ({_brief(error)})"
+            raise self.damaged(step, what) from error
 
 
 def save_params(workdir: str | Path, params: Any, run: Mapping[str, Any]) -> None:

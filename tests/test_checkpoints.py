@@ -144,7 +144,7 @@ def test_damage_names_file_step_and_way_out(copy: Path, item: str, damage: str) 
         finally:
             path.write_bytes(content)
         found.add(path)
-        name = str(path) if damage != "flipped" else str(folder)
+        name = str(folder if path.name == "_METADATA" and damage == "flipped" else path)
         assert message.startswith(f"Step 2 in {copy / 'checkpoints'} is damaged: {name}"), message
         way = f"The step before is {copy / 'checkpoints' / '1'}: name it instead. To resume training from it, remove"
         assert way in message and "\n" not in message and "does not fit" not in message
