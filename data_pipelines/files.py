@@ -72,6 +72,12 @@ def disguised(path: Path, own: bytes = b"", text: bool = False) -> str:
     return ""
 
 
+def unfetched(path: Path) -> str:
+    """As `disguised`, but only for a pointer of Git LFS or git-annex, whatever the file should be."""
+    found = disguised(path, text=True)
+    return found if "pointer" in found else ""
+
+
 def absent(path: Path) -> str:
     """How a file is not there, to follow its name in a sentence."""
     if not path.is_symlink():

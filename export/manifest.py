@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.disk import writing
-from data_pipelines.files import read_json
+from data_pipelines.files import read_json, unfetched
 from data_pipelines.ownership import owned
 
 FILE = "manifest.json"
@@ -87,6 +87,8 @@ def read_manifest(folder: str | Path, hashes: bool = False) -> dict[str, Any]:
         file = folder / name
         if not file.is_file():
             raise ExportError(f"{file} is missing, although {FILE} lists it; copy the export again.")
+        if found := unfetched(file):
+            raise ExportError(f"{file} {found}.")
         if file.stat().st_size != size:
             raise ExportError(
                 f"{file} has {file.stat().st_size:,} bytes, {FILE} says {size:,}: it is cut off or of another export; "

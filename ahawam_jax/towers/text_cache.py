@@ -22,7 +22,7 @@ from ahawam_jax.towers.text_encoder import TextEncoderConfig
 from ahawam_jax.weights.convert import digest
 from ahawam_jax.weights.torch_file import read_torch, write_torch
 from data_pipelines.disk import whole_file
-from data_pipelines.files import read_json
+from data_pipelines.files import disguised, read_json
 from data_pipelines.ownership import owned
 from data_pipelines.paths import local_path
 
@@ -60,9 +60,10 @@ class Tokenizer:
         try:
             self._model = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(
-                f"{file} is not a readable tokenizer ({error}); copy the tokenizer.json of google/umt5-xxl again."
-            ) from error
+            found = disguised(file, text=True) or (
+                f"is not a readable tokenizer ({error}); copy the tokenizer.json of google/umt5-xxl again"
+            )
+            raise ValueError(f"{file} {found}.") from error
         self._model.no_truncation()
         self._model.no_padding()
         self._end = self._model.token_to_id(END)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from data_pipelines.files import read_json
+from data_pipelines.files import disguised, read_json
 
 TOLERANCE = 2e-5  # float32 arithmetic on both sides: about 1e2 roundings of 6e-8 per block, 3 to 30 blocks
 ROLLOUT_TOLERANCE = 5e-5  # ten executor passes in a row
@@ -25,7 +25,8 @@ class Fixture:
         try:
             self.stored = load_file(path)
         except Exception as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error}); copy it again.") from error
+            found = disguised(path, own=b"{") or f"is not a readable safetensors file ({error}); copy it again"
+            raise ValueError(f"{path} {found}.") from error
         self.unused = set(self.stored)
         self.problems = [
             f"{name} as stored is not finite"

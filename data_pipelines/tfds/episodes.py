@@ -96,9 +96,11 @@ class Converted(Reader):
                     to[:] = np.asarray(image.convert("RGB"))
         # The protocol buffer library has an error of its own, the record library throws several kinds.
         except Exception as error:
+            where = f"{path}: the pictures of camera {camera!r} in episode {episode} cannot be read"
+            if found := disguised(path):
+                raise DatasetError(f"{where}: the file {found}.") from error
             raise DatasetError(
-                f"{path}: the pictures of camera {camera!r} in episode {episode} cannot be read ({error!r}); copy the "
-                "file again, or remove it and convert again."
+                f"{where} ({error!r}); copy the file again, or remove it and convert again."
             ) from error
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipelines.files import read_json
+from data_pipelines.files import read_json, unfetched
 from export.engines.onnx_graphs import GRAPHS
 from export.manifest import FILE, ExportError, sha256
 
@@ -133,6 +133,8 @@ def read_engine_manifest(folder: Path, hashes: bool) -> dict[str, Any]:
                           f"{rebuild(folder, record)}")  # fmt: skip
     for name, (size, digest) in files.items():
         file = folder / name
+        if found := unfetched(file):
+            raise ExportError(f"{file} {found}.")
         there = file.stat().st_size if file.is_file() else 0
         if there != size:
             raise ExportError(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.files import absent, disguised, read_json, read_json_lines
+from data_pipelines.files import absent, disguised, read_json, read_json_lines, unfetched
 from tests.data_pipelines import disguises
 from tests.data_pipelines.disguises import DISGUISES
 
@@ -27,6 +27,13 @@ def test_a_damaged_file_of_the_right_kind_is_no_other(tmp_path: Path, content: b
     (tmp_path / "file").write_bytes(content)
     assert not disguised(tmp_path / "file", own)
     assert disguised(tmp_path / "file") or own == b""
+
+
+def test_pointers_alone(tmp_path: Path) -> None:
+    """Where anything may stand in a file, only what was never fetched is known to be wrong."""
+    for name in DISGUISES:
+        says = disguises.put(tmp_path / "file", name)
+        assert bool(re.match(says, unfetched(tmp_path / "file"))) == (name in ("lfs", "annex", "annex link"))
 
 
 def test_no_file(tmp_path: Path) -> None:

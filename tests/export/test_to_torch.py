@@ -42,6 +42,7 @@ from export.to_torch import convert
 from export.twin.model import empty_memory
 from tests import tiny_config
 from tests.conftest import REPOSITORY
+from tests.data_pipelines import disguises
 from tests.export.twin.test_vae import random_tensors
 from tests.tiny_model import assert_close, normal, random_params
 
@@ -315,6 +316,9 @@ def copy(exported: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", [MODEL, STATISTICS, "config.json"])
 def test_a_truncated_or_missing_file_is_named(copy: Path, name: str) -> None:
     whole = (copy / name).read_bytes()
+    (copy / name).write_bytes(disguises.LFS)
+    with pytest.raises(ExportError, match=f"{name} is a pointer of Git LFS, .* git lfs pull"):
+        load_export(copy)
     (copy / name).write_bytes(whole[:-7])
     with pytest.raises(ExportError, match=f"{name} has .* bytes, manifest.json says .*cut off"):
         load_export(copy)

@@ -19,6 +19,7 @@ from ahawam_jax.towers.text_cache import CachedText, Tokenizer, clean, fingerpri
 from ahawam_jax.towers.text_encoder import TextEncoder, abstract_text_encoder_params
 from ahawam_jax.training.sharding import make_mesh, shardings
 from ahawam_jax.weights.torch_file import write_torch
+from tests.data_pipelines import disguises
 from tests.data_pipelines.tiny_dataset import INSTRUCTIONS, write_dataset
 from tests.tiny_model import assert_close
 from tests.tiny_text_encoder import CONFIG, random_params, write_tokenizer
@@ -114,6 +115,10 @@ def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a readable tokenizer"):
         Tokenizer(tmp_path, LENGTH)
+    for name in ("lfs", "web page", "nothing"):
+        says = disguises.put(tmp_path / "tokenizer.json", name)
+        with pytest.raises(ValueError, match=f"tokenizer.json {says}"):
+            Tokenizer(tmp_path, LENGTH)
 
 
 # ----------------------------------------------------------------------------------------------------- entries

@@ -128,7 +128,7 @@ def truncate(path: Path) -> None:
 DAMAGED_FILES = {
     "missing": ("s_scheduler.safetensors", Path.unlink, "s_scheduler.safetensors is missing"),
     "truncated": ("s_scheduler.safetensors", truncate, "s_scheduler.safetensors is not a readable safetensors file"),
-    "empty": ("tiny_weights.safetensors", lambda path: path.write_bytes(b""), "tiny_weights.safetensors is not a"),
+    "empty": ("tiny_weights.safetensors", lambda path: path.write_bytes(b""), "tiny_weights.safetensors is empty"),
     "no config": ("config.json", Path.unlink, "config.json does not exist"),
     "cut config": ("config.json", truncate, "is not valid JSON"),
     "empty config": ("config.json", lambda path: path.write_text("{}"), "must be JSON with a 'fixtures' object"),

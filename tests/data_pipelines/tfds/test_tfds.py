@@ -27,6 +27,7 @@ from data_pipelines.tfds import layout  # noqa: E402
 from data_pipelines.tfds.builder import Folder, builder  # noqa: E402
 from data_pipelines.tfds.convert import _write_whole, convert, plan, write_shard  # noqa: E402
 from data_pipelines.tfds.episodes import open_converted  # noqa: E402
+from tests.data_pipelines import disguises  # noqa: E402
 from tests.data_pipelines import tiny_dataset as tiny  # noqa: E402
 from tests.data_pipelines import tiny_robocoin as coin  # noqa: E402
 from tests.full_disk import files_end_at  # noqa: E402
@@ -448,6 +449,14 @@ def test_damaged_rows(broken: Path) -> None:
         open_converted(broken).states(1)
     with pytest.raises(DatasetError, match="rows-00001-of-00002.parquet cannot be read"):
         open_converted(broken).states(2)
+    for file, use in (
+        (path, lambda d: d.states(1)), (layout.shard_path(broken, 1, 2), lambda d: d.frames(1, "cam_high", [0])),
+    ):  # fmt: skip
+        whole = file.read_bytes()
+        says = disguises.put(file, "lfs")
+        with pytest.raises(DatasetError, match=f"{file.name}.* {says}"):
+            use(open_converted(broken))
+        file.write_bytes(whole)
     pq.write_table(table.drop_columns("action").slice(0, 23), path)
     with pytest.raises(DatasetError, match="rows-00001-of-00002.parquet lacks the column action"):
         open_converted(broken).states(1)
