@@ -41,7 +41,7 @@ from data_pipelines.statistics import FILE as STATISTICS
 from data_pipelines.statistics import Statistics, pick_robot, save_statistics
 from export.checks.parity import model_parity, video_parity
 from export.exported import check_widths, latent_grid, load_video, torch_dtype
-from export.manifest import CONFIG, MODEL, TEXT, VAE, ExportError, new_folder, require_new, write_manifest
+from export.manifest import CONFIG, MODEL, TEXT, VAE, ExportError, new_folder, require_new, sha256, write_manifest
 from export.twin.layers import DTYPES
 from export.twin.vae import encoder_table
 
@@ -77,7 +77,8 @@ def convert(path: str | Path, out: str | Path, dtype: str | None = None, robot: 
         copy_text(config, model, run["instructions"], partial / TEXT)
         vae = write_vae(config, model, partial)
         export_checkpoint(path, partial / MODEL, dtype)
-        source = compare_stored(checkpoints, step, arrays, open_weights(partial / MODEL).tensors, model)
+        weights = compare_stored(checkpoints, step, arrays, open_weights(partial / MODEL).tensors, model)
+        source = made_of(partial, weights)
         parity = measure(config, model, partial, vae)
         write_manifest(partial, {
             "source": {"path": str(path), "step": step, "sha256": source}, "dtype": dtype, "vae": vae,
@@ -188,6 +189,12 @@ def compare_stored(
     for path, stored in places.items():  # a call each, so that one leaf is gone before the next is read
         progress.add(path, compare(path, stored))
     return digest.hexdigest()
+
+
+def made_of(folder: Path, weights: str) -> str:
+    """Hash of all that graphs and engines are made of, whatever the dtype: the weights, by theirs, VAE and config."""
+    files = [folder / name for name in (CONFIG, VAE) if (folder / name).exists()]
+    return hashlib.sha256("".join([weights, *map(sha256, files)]).encode()).hexdigest()
 
 
 def measure(config: ConfigDict, model: ModelConfig, folder: Path, vae: dict[str, Any] | None) -> dict[str, float]:

@@ -71,7 +71,7 @@ def engine_file(graph: str) -> str:
 def open_engines(folder: str | Path, source: str, gpu: Gpu, hashes: bool = True) -> Engines:
     """Opens a folder of engines to run them on `gpu`.
 
-    source: sha256 of the checkpoint's weights, manifest["source"]["sha256"] of the export they must belong to.
+    source: manifest["source"]["sha256"] of the export they must belong to, of weights, VAE and config.
     hashes: compare the content of every file with the manifest, not only its size. Raises ExportError, with what to
     do, for a folder that is not whole and for engines of another checkpoint, library version or GPU.
     """
@@ -98,11 +98,11 @@ def open_engines(folder: str | Path, source: str, gpu: Gpu, hashes: bool = True)
 
 
 def check_source(folder: Path, record: Mapping[str, Any], source: str) -> None:
-    """Raises ExportError for engines of another checkpoint than `source`, the sha256 of its weights."""
+    """Raises ExportError for engines of another checkpoint, VAE or config than `source` is the sha256 of."""
     built = record["source"]["sha256"]
     if built != source:
         raise ExportError(
-            f"{folder} was built from another checkpoint ({built[:12]}, the export has {source[:12]}); "
+            f"{folder} was built from another checkpoint, VAE or config ({built[:12]}, the export has {source[:12]}); "
             f"{rebuild(folder, record)}"
         )
 

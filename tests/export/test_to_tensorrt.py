@@ -194,7 +194,7 @@ def test_damaged_files_are_refused(copy: Path, robotwin_export: Path, name: str)
 def test_engines_for_something_else_are_refused(
     copy: Path, robotwin_export: Path, plain_export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused(copy, plain_export, "was built from another checkpoint")
+    refused(copy, plain_export, "was built from another checkpoint, VAE or config")
     refused(copy, robotwin_export, r"was built for rtx5090d \(compute capability 12.0\), this is NVIDIA H200 \(9.0\);",
             Gpu("NVIDIA H200", "9.0"))  # fmt: skip
     open_engines(copy, source_of(robotwin_export), Gpu("NVIDIA GeForce RTX 5080", "12.0"))  # same architecture

@@ -38,7 +38,7 @@ from export import to_torch
 from export.exported import load_export
 from export.manifest import FILE as MANIFEST
 from export.manifest import MODEL, TEXT, VAE, ExportError
-from export.to_torch import convert
+from export.to_torch import convert, made_of
 from export.twin.model import empty_memory
 from tests import tiny_config
 from tests.conftest import REPOSITORY
@@ -184,6 +184,16 @@ def test_hash_is_of_the_weights_whatever_they_are_exported_as(full: Path, tmp_pa
 
 
 # --------------------------------------------------------------------------------------------------- what goes wrong
+def test_hash_is_of_all_that_engines_are_made_of(tmp_path: Path) -> None:
+    """Another VAE beside the same checkpoint, or another number of steps, makes other engines."""
+    hashes = {made_of(tmp_path, "0"), made_of(tmp_path, "1")}
+    for name in (VAE, "config.json"):
+        for content in ("a", "b"):
+            (tmp_path / name).write_text(content)
+            hashes.add(made_of(tmp_path, "0"))
+    assert len(hashes) == 6
+
+
 def saved(demo: Path, folder: Path, change: Any = None, **record: Any) -> Path:
     """The demo's checkpoint once more, with other parameters or another record."""
     policy = Policy.load(demo)

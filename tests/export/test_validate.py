@@ -155,7 +155,7 @@ def test_numbers_that_are_not_finite_miss_the_gate() -> None:
 
 
 def test_engines_of_another_checkpoint_are_not_validated(plain_export: Path, float32_engines: Path) -> None:
-    with pytest.raises(ExportError, match="was built from another checkpoint"):
+    with pytest.raises(ExportError, match="was built from another checkpoint, VAE or config"):
         subject.open_subject(plain_export, float32_engines)
 
 
