@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
                        ("routing", "adapt the planner context to the newest frame")):  # fmt: skip
         p.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text)
     p.add_argument("--blank", action="store_true", help="show the policy black images: a control that must fail")
-    p.add_argument("--out", type=local_path, help="folder for the video and contact sheet (default RUN/rollouts)")
+    p.add_argument("--out", type=local_path, help="folder for the video and contact sheet (default WORKDIR/rollouts)")
     return p
 
 
@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)
+    from ahawam_jax.checkpoints import find_step
     from ahawam_jax.evaluation.rollouts import policy_actor, roll_out, table
     from ahawam_jax.inference.policy import Policy
 
@@ -47,10 +48,10 @@ def main(argv: list[str] | None = None) -> None:
         policy = Policy.load(options.run, **overrides)
         actor = policy_actor(policy, options.task, options.episodes, options.blank)
         label = ", ".join([options.task] + [f"{k}={v}" for k, v in overrides.items()] + ["blank"] * options.blank)
+        out = options.out or find_step(options.run)[0] / "rollouts"  # never in the folder of a step
         result = roll_out(
-            label, options.task, range(options.episodes), actor, options.processes, options.out or
-            options.run / "rollouts", policy.config.refresh_every,
-        )  # fmt: skip
+            label, options.task, range(options.episodes), actor, options.processes, out, policy.config.refresh_every
+        )
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     print(table([result]))
