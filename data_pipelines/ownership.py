@@ -47,7 +47,7 @@ class Owner:
     def __init__(self, folder: str | Path, name: str = "", wait: bool = False) -> None:
         self.folder, self.file = Path(folder), f".{name}.owner" if name else ".owner"
         self._subject = self.folder / name
-        self._held, self._made, told = False, not self.folder.exists(), False
+        made, told = not self.folder.exists(), False
         while (other := self._try()) is not None:
             if not wait:
                 raise OwnedError(
@@ -58,18 +58,17 @@ class Owner:
                 print(f"{self._subject} is being written by {other}; waiting for it.", file=sys.stderr, flush=True)
             told = True
             time.sleep(POLL)
-        self._ended = threading.Event()
-        self._beat = threading.Thread(target=_beat, args=(self._descriptor, self._ended), daemon=True)
-        self._beat.start()
-        self._held = True
+        ended, path = threading.Event(), self.folder / self.file
+        threading.Thread(target=_beat, args=(self._descriptor, ended), daemon=True).start()
+        self._release = weakref.finalize(self, _release, self._descriptor, path, self._note, made, ended)
         _owners.add(self)
 
     def check(self) -> None:
         """Raises OwnedError if another process took over, because this one was silent for too long."""
-        try:
-            now = (self.folder / self.file).read_bytes()
-        except OSError:
-            now = b""
+        path = self.folder / self.file
+        if not path.exists():
+            raise OwnedError(f"{path} was removed while this process wrote there; nothing more is written from here.")
+        now = path.read_bytes()
         if now != self._note:
             raise OwnedError(
                 f"{self._subject} was taken over by {_describe(_parse(now))} after this process had given no sign of "
@@ -78,21 +77,7 @@ class Owner:
 
     def release(self) -> None:
         """Gives it up; also removes the folder if it was made for this and is empty."""
-        if not self._held:  # or in the child of a fork
-            return
-        self._held = False
-        self._ended.set()
-        self._beat.join()
-        path = self.folder / self.file
-        with suppress(OSError):  # not empty, or gone: nothing of it is ours to remove
-            if path.read_bytes() == self._note:
-                path.unlink()
-            if self._made:
-                self.folder.rmdir()
-        os.close(self._descriptor)
-
-    def __del__(self) -> None:
-        self.release()
+        self._release()  # once; not in the child of a fork
 
     def _try(self) -> str | None:
         """Takes it, or says who has it."""
@@ -148,6 +133,18 @@ def _beat(descriptor: int, ended: threading.Event) -> None:
     while not ended.wait(BEAT):
         with suppress(OSError):  # a disk that does not answer: `check` will say what came of it
             os.utime(descriptor)
+    os.close(descriptor)
+
+
+def _release(descriptor: int, path: Path, note: bytes, made: bool, ended: threading.Event) -> None:
+    with suppress(OSError):  # not empty, or gone: nothing of it is ours to remove
+        if path.read_bytes() == note:
+            path.unlink()
+        if made:
+            path.parent.rmdir()
+    with suppress(OSError):  # no locks here
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    ended.set()
 
 
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
@@ -156,8 +153,7 @@ _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
 def _forget() -> None:
     """In the child of a fork: the lock goes with the parent, not with the last of its children."""
     for owner in _owners:
-        if owner._held:
-            owner._held = False
+        if owner._release.detach():
             os.close(owner._descriptor)
 
 

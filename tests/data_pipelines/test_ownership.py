@@ -72,6 +72,14 @@ def test_a_child_is_no_second_owner_and_outlives_none(tmp_path: Path) -> None:
     owned_again.release()
 
 
+def test_what_is_not_given_up_ends_with_the_process(tmp_path: Path) -> None:
+    code = f"from data_pipelines.ownership import Owner; owner = Owner({str(tmp_path / 'a')!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=30)
+    assert not list(tmp_path.iterdir())
+    Owner(tmp_path)  # nor longer than anybody holds it
+    assert not list(tmp_path.iterdir())
+
+
 def test_waiting_for_the_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(ownership, "POLL", 0.01)
     first, got = Owner(tmp_path, "part"), []
@@ -153,6 +161,10 @@ def test_an_owner_on_another_machine(tmp_path: Path, capsys: pytest.CaptureFixtu
         left_by(tmp_path, host="third")  # one that did the same to this process
         with pytest.raises(OwnedError, match=r"taken over by process \d+ on third"):
             owner.check()
+        (tmp_path / ".owner").unlink()
+        with pytest.raises(OwnedError, match=".owner was removed while this process wrote there"):
+            owner.check()
+        left_by(tmp_path, host="third")
     assert (tmp_path / ".owner").exists()  # not this process's to remove
 
 
