@@ -168,6 +168,13 @@ def inspect_checkpoint(path: Path, config: ModelConfig | None, values: bool) -> 
     for key in ("source", "instructions"):
         if run.get(key):
             print(f"  {key}: {str(run[key])[:100]}")
+    for part in run.get("data", []):
+        print(
+            f"  data: {part['path']}, {len(part['lengths'])} episodes of {sum(part['lengths'])} rows together, "
+            f"{part['fps']:.5g} a second; {len(part['held_out'])} held out"
+        )
+    for change in run.get("accepted", []):
+        print(f"  data changed after step {change['step']}: {'; '.join(change['changes'])}")
     config = config or ModelConfig.create(run["config"]["model"])
     problems = manager.misfits(step, "inference", nn.unbox(abstract_params(config)))
     for item in items:

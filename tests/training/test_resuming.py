@@ -13,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from ahawam_jax.checkpoints import Checkpoints
+from ahawam_jax.commands.inspect import inspect_checkpoint
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.towers.building import build_text_tower, build_video_tower
 from ahawam_jax.training import loop, sharding
@@ -312,7 +313,7 @@ def test_another_length_says_what_the_learning_rate_does(capsys: pytest.CaptureF
 
 # ---------------------------------------------------------------- a whole run
 def test_a_run_on_changed_data(
-    config: ConfigDict, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: ConfigDict, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Refused, then accepted and made longer; the record goes on, and the same command without the flag as well."""
     workdir = tmp_path / "run"
@@ -343,6 +344,11 @@ def test_a_run_on_changed_data(
     assert [change["step"] for change in grown["accepted"]] == [1]
     assert [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     train(config, workdir)
+    capsys.readouterr()
+    inspect_checkpoint(workdir, None, values=False)
+    page = capsys.readouterr().out
+    assert f"  data: {dataset}, 3 episodes of 94 rows together, 25 a second; 0 held out\n" in page
+    assert f"  data changed after step 1: {dataset}: the actions changed in 3 of its 3 episodes" in page
     config.train.steps = 1
     with pytest.raises(ValueError, match="has reached step 2, config.train asks for 1"):
         train(config, workdir)
