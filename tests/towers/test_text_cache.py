@@ -1,6 +1,7 @@
 """The text cache: its files are the release's, it never mixes encoders, and a stopped run goes on where it ended."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from ahawam_jax.towers.text_cache import CachedText, Tokenizer, clean, fingerpri
 from ahawam_jax.towers.text_encoder import TextEncoder, abstract_text_encoder_params
 from ahawam_jax.training.sharding import make_mesh, shardings
 from ahawam_jax.weights.torch_file import write_torch
+from data_pipelines.disk import DiskError
 from tests.data_pipelines import disguises
 from tests.data_pipelines.tiny_dataset import INSTRUCTIONS, write_dataset
 from tests.tiny_model import assert_close
@@ -241,6 +243,31 @@ def test_activations_are_laid_out_by_the_mesh(cache: Path, tokenizer: Tokenizer,
     encode_prompts(["pick"], cache, tokenizer, Loader(), mesh(8), batch=8)
     assert len(seen) >= 2  # before the blocks and after each
     assert set(seen) == {((8, LENGTH, CONFIG.dim), ("batch", None, "activation_embed"))}
+
+
+def test_a_full_disk_keeps_the_prompts_before(cache: Path, tokenizer: Tokenizer, monkeypatch) -> None:
+    """Of the entries, and of the mark of the cache."""
+    prompts, written = [f"pick {i}" for i in range(5)], []
+
+    def full(folder: Path, text: str, *rest: Any) -> None:
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(text)
+        write_entry(folder, text, *rest)
+
+    monkeypatch.setattr(encode_text, "write_entry", full)
+    words = "cannot be written: its disk is full; .*The prompts before are kept; the same command goes on with those"
+    with pytest.raises(DiskError, match=words):
+        encode_prompts(prompts, cache, tokenizer, Loader(), mesh(1), batch=4)
+    monkeypatch.setattr(encode_text, "write_entry", write_entry)
+    assert encode_prompts(prompts, cache, tokenizer, Loader(), mesh(1), batch=4) == 2
+    monkeypatch.setattr("data_pipelines.disk.os.fsync", throw_read_only)
+    with pytest.raises(DiskError, match="new.* cannot be written: its file system is read-only; choose another"):
+        encode_prompts(prompts, cache.with_name("new"), tokenizer, Loader(), mesh(1), batch=4)
+
+
+def throw_read_only(_: int) -> None:
+    raise OSError(errno.EROFS, "Read-only file system")
 
 
 def test_a_stopped_run_goes_on_where_it_ended(cache: Path, tokenizer: Tokenizer, monkeypatch, capsys) -> None:
