@@ -32,6 +32,7 @@ from data_pipelines.inspection.checks import (
 from data_pipelines.loader import Source, check_alike
 from data_pipelines.normalization import CLIP
 from data_pipelines.progress import Progress, finish_line
+from data_pipelines.readers.base import Reader
 from data_pipelines.readers.lerobot import LeRobotV21, LeRobotV30
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.readers.robocoin import UnmappableError
@@ -167,6 +168,9 @@ def examine(dataset: Episodes, cameras: Sequence[str], videos: bool, whole: bool
         dataset.require_cameras(cameras)
     except DatasetError as error:
         findings.problems[str(error)] = []
+    if isinstance(dataset, Reader):
+        others = [reason for camera, reason in dataset.unusable.items() if camera not in cameras]
+        findings.warnings |= dict.fromkeys(f"{reason} Training does not ask for this camera." for reason in others)
     episodes = range(len(dataset.lengths))
     checks: list[tuple[int, str | None, Callable[[], Check]]]
     checks = [(episode, None, partial(check_rows, dataset, episode)) for episode in episodes]

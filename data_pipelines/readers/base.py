@@ -43,9 +43,12 @@ class Rows:
 
 class Reader(Episodes):
     """All of `Episodes` but what a format must answer itself: its attributes, `picture_file`, `_read_rows` and
-    `_decode`."""
+    `_decode`.
 
-    _unusable: Mapping[str, str] = MappingProxyType({})  # camera -> why it cannot be read; only who asks is told
+    unusable: camera -> why it cannot be read; only who asks for one is told.
+    """
+
+    unusable: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def _read_rows(self, episode: int) -> Rows:
@@ -90,8 +93,8 @@ class Reader(Episodes):
     def require_cameras(self, names: Sequence[str]) -> None:
         missing = [name for name in names if name not in self.cameras]
         for name in missing:
-            if name in self._unusable:
-                raise DatasetError(self._unusable[name])
+            if name in self.unusable:
+                raise DatasetError(self.unusable[name])
         if missing:
             raise DatasetError(
                 f"{self.root} has no camera {', '.join(missing)}; it has: {', '.join(self.cameras) or 'none'}. "

@@ -66,7 +66,7 @@ class LeRobot(Reader):
             if not 0 < info[name] < float("inf"):
                 raise DatasetError(f"{path} says {name} = {info[name]}, expected a positive number; correct it.")
         features = info["features"]
-        self.cameras, self._unusable = cameras(features, path)
+        self.cameras, self.unusable = cameras(features, path)
         if self.cameras:
             require(info, {"video_path": str}, path)
         self._state_key, self.state_dim, self.state_names = vector(features, STATE_KEYS, path)

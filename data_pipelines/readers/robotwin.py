@@ -63,13 +63,13 @@ class Robotwin(Reader):
         self.instructions = list(dict.fromkeys(texts))
         self._tasks = [self.instructions.index(text) for text in texts]
         self._set_lengths(lengths)
-        self.cameras, self._unusable = {}, {}
+        self.cameras, self.unusable = {}, {}
         for camera in self._pictures:
             try:
                 with _opened(files[0]) as file:
                     self.cameras[camera] = self._picture(file, camera, 0).shape[:2]
             except DatasetError as error:
-                self._unusable[camera] = str(error)
+                self.unusable[camera] = str(error)
 
     def picture_file(self, episode: int, camera: str) -> tuple[Path, str]:
         return self._files[episode], self._pictures[camera]

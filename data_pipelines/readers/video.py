@@ -4,7 +4,7 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
@@ -17,6 +17,7 @@ from data_pipelines.readers.base import GRID_TOLERANCE
 
 # A seek is worth its while if it saves decoding this many frames.
 SEEK_GAP = 2
+JITTER = 0.45  # of a frame, between the earliest and the latest: half a frame is as near to the next one
 STEP_BACK = 16  # frames further back at a second try
 # Videos kept open: opening one costs about as much as decoding two frames, and more the longer it is. Each holds a
 # file descriptor, an index and a few frames, so there is a bound, for all threads together.
@@ -30,7 +31,8 @@ class VideoError(Exception):
 def decode_frames(path: Path, numbers: np.ndarray, fps: float, out: np.ndarray) -> None:
     """Decodes the frames `numbers` (int [n], ascending, distinct, counted in the file) into out uint8 [n, h, w, 3].
 
-    A frame's number is its presentation time times fps, which must be whole. A call has its container to itself, so
+    A frame's number is its presentation time times fps, which must be whole; frames may come early or late if every
+    one in the file still lies nearest to its own place. A call has its container to itself, so
     calls from several threads do not meet. Raises VideoError where the file does not hold exactly these frames in
     this size.
     """
@@ -53,7 +55,7 @@ def decode_frames(path: Path, numbers: np.ndarray, fps: float, out: np.ndarray) 
 class _Video:
     """An open file.
 
-    state: of the file when it was opened.
+    state: of the file when it was opened.  steady: what `keeps` has found.
     """
 
     path: str
@@ -61,6 +63,18 @@ class _Video:
     container: InputContainer
     stream: VideoStream
     colours: VideoReformatter
+
+    steady: dict[float, bool] = field(default_factory=dict)
+
+    def keeps(self, fps: float) -> bool:
+        """Whether each of the file's frames lies nearest to its own place: what is off the grid then is jitter."""
+        if fps not in self.steady:
+            # The index counts in the order of decoding: the same times, later by the same delay.
+            times = [entry.timestamp for entry in self.stream.index_entries]
+            places = np.array(times, np.float64) * float(self.stream.time_base) * fps
+            whole = 0 < len(places) == self.stream.frames
+            self.steady[fps] = whole and np.ptp(places - np.arange(len(places))) <= JITTER
+        return self.steady[fps]
 
 
 def _open(path: str) -> _Video:
@@ -126,7 +140,7 @@ def _key_frame(stream: VideoStream, number: int, fps: float) -> int:
 def _decode_run(video: _Video, numbers: np.ndarray, fps: float, out: np.ndarray) -> None:
     """Decodes neighbouring frames in one pass."""
     done = 0
-    for number, frame in _frames_from(video.container, video.stream, int(numbers[0]), fps):
+    for number, frame in _frames_from(video, int(numbers[0]), fps):
         if number < numbers[done]:
             continue
         if number > numbers[done]:
@@ -143,16 +157,14 @@ def _decode_run(video: _Video, numbers: np.ndarray, fps: float, out: np.ndarray)
     raise VideoError(f"the video ends before frame {numbers[done]}")
 
 
-def _frames_from(
-    container: InputContainer, stream: VideoStream, number: int, fps: float
-) -> Iterator[tuple[int, av.VideoFrame]]:
+def _frames_from(video: _Video, number: int, fps: float) -> Iterator[tuple[int, av.VideoFrame]]:
     """The numbered frames in the order they are shown, starting at or before `number` where the file allows it."""
-    unit = float(stream.time_base)
+    container, stream = video.container, video.stream
     back = 0
     while True:
         start = max(0, number - back)
         container.seek(_timestamp(stream, start, fps), stream=stream, backward=True)
-        frames = ((_number(frame, unit, fps), frame) for frame in container.decode(stream))
+        frames = ((_number(frame, video, fps), frame) for frame in container.decode(stream))
         first = next(frames, None)
         if first is None:
             return iter(())
@@ -166,11 +178,11 @@ def _timestamp(stream: VideoStream, number: int, fps: float) -> int:
     return round(int(number) / fps / stream.time_base)
 
 
-def _number(frame: av.VideoFrame, unit: float, fps: float) -> int:
-    """unit: of the time stamps, in seconds."""
+def _number(frame: av.VideoFrame, video: _Video, fps: float) -> int:
     if frame.pts is None:
         raise VideoError("a frame carries no time stamp")
-    place = frame.pts * unit * fps
-    if abs(place - round(place)) > GRID_TOLERANCE:
+    place = frame.pts * float(video.stream.time_base) * fps
+    off = abs(place - round(place))
+    if off > GRID_TOLERANCE and not (off <= JITTER and video.keeps(fps)):
         raise VideoError(f"a frame lies at {place:.3f} frames, off the grid of {fps:g} frames per second")
     return round(place)

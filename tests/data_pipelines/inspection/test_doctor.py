@@ -1,5 +1,6 @@
 """Twenty ways to break a dataset and more: the doctor names the file, and training stops with the same sentence."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -224,6 +225,16 @@ def test_a_camera_nobody_asks_for(
     assert "cam_left_wrist" in line or "left_camera" in line
     status, page = page_of(capsys, root)
     assert status == 1 and "problem:" in page
+
+
+def test_a_depth_map(healthy: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root = shutil.copytree(healthy["v3.0"], tmp_path / "tiny")
+    depth = {"dtype": "image", "shape": [1, 48, 64], "names": None, "info": {"is_depth_map": True}}
+    features = json.loads((root / "meta/info.json").read_text())["features"]
+    tiny.change_info(root, features=features | {"observation.images.depth": depth})
+    train(root)
+    status, page = page_of(capsys, root)
+    assert status == 0 and "warning: " in page and "observation.images.depth must have dtype 'video'" in page
 
 
 def test_jitter_is_reported(healthy: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

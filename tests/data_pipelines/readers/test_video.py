@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -54,6 +55,35 @@ def test_frames_near_and_far(video: Path) -> None:
     near, far = list(range(FRAMES)), [2, 3, 5, 5 + SEEK_GAP + 1, 48]
     assert numbers_of(video, near) == near
     assert numbers_of(video, far) == far
+
+
+def write_uneven(path: Path, offs: list[float], rate: float = tiny.FPS) -> None:
+    """Frames that come early or late, by these parts of a frame."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"g": "5", "bf": "0", "crf": "10"})
+        stream.height, stream.width = SIZE
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 25_000)
+        for number, off in enumerate(offs):
+            frame = av.VideoFrame.from_ndarray(tiny.picture(number, SIZE), format="rgb24")
+            frame.pts, frame.time_base = round((number + off) / rate * 25_000), Fraction(1, 25_000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def test_frames_that_jitter(tmp_path: Path) -> None:
+    """As a camera with a clock of its own delivers them; the file as a whole keeps the rate."""
+    path = tmp_path / "clip.mp4"
+    offs = [0.0, *np.random.default_rng(0).uniform(-0.2, 0.2, 59)]
+    write_uneven(path, offs)
+    for number in range(60):
+        assert numbers_of(path, [number]) == [number]
+    for worst in (0.3, 0.7, 0.8):  # it might be the next one
+        write_uneven(path, [*offs[:30], worst, *offs[31:]])
+        with pytest.raises(VideoError, match="off the grid"):
+            numbers_of(path, [30 + round(worst)])
+    write_uneven(path, [0.0] * 60, 24.7)  # another rate is no jitter, though the first frames are nearly right
+    with pytest.raises(VideoError, match="a frame lies at .* off the grid of 25 frames per second"):
+        numbers_of(path, list(range(60)))
 
 
 def test_frame_behind_the_end(video: Path) -> None:
