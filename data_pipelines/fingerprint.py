@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ def describe(part: Part, cameras: Sequence[str]) -> Record:
     the other, checksums: states and actions, of the values; pictures {camera: of its file and the place in it}.
     Raises DatasetError for damaged rows and files that cannot be read.
     """
-    dataset = part.dataset
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        episodes = pool.map(lambda e: _episode(dataset, e), range(len(dataset.lengths)))
+    dataset, threads = part.dataset, os.cpu_count() or 1
+    # Neighbours share a file, which one thread reads.
+    runs = np.array_split(np.arange(len(dataset.lengths)), threads)
+    with ThreadPoolExecutor(threads) as pool:
+        episodes = chain(*pool.map(lambda run: [_episode(dataset, int(e)) for e in run], runs))
         states, actions, texts = zip(*episodes, strict=True)
         pictures = {camera: _pictures(dataset, camera, pool) for camera in cameras}
     known = {text: number for number, text in enumerate(dict.fromkeys(texts))}
