@@ -76,12 +76,7 @@ def open_data(
     words = dict.fromkeys(text for of_part in described for text in of_part["texts"])
     tokens = {text: text_tower.tokens(text) for text in words}
     mark = fingerprint(video_tower)
-    towers = {"video": mark, "text": {text: _sum(*of_text) for text, of_text in tokens.items()}}
-    record = {"data": described, "towers": towers, "accepted": [], "instructions": list(words)}
-    if before:
-        found = changes(known, described) + _tower_changes(before["towers"], towers)
-        record["accepted"] = before["accepted"] + accept(found, accepted, before["data_position"]["batches"])
-        record["instructions"] = list(dict.fromkeys([*before["instructions"], *words]))
+    record = _record(described, tokens, mark, before, accepted)
     statistics = _statistics([part.dataset for part in parts], config, before)
     record["statistics"] = to_lists(statistics)
 
@@ -104,6 +99,23 @@ def open_data(
     place = np.array([places.get(text, 0) for text in instructions(train)])  # 0: no episode has it
     context, mask = zip(*tokens.values(), strict=True)
     return Data(train, validation, windows, statistics, record, place, np.stack(context), np.stack(mask))
+
+
+def _record(
+    described: list[Record], tokens: Mapping[str, tuple[np.ndarray, np.ndarray]], mark: str, before: Record | None,
+    accepted: bool,
+) -> Record:  # fmt: skip
+    """What a checkpoint is to say of the data but for their statistics.
+
+    tokens: of every instruction.  mark: of the video tower. Raises ValueError for changes that are not accepted.
+    """
+    towers = {"video": mark, "text": {text: _sum(*of_text) for text, of_text in tokens.items()}}
+    record = {"data": described, "towers": towers, "accepted": [], "instructions": list(tokens)}
+    if before:
+        found = changes(before["data"], described) + _tower_changes(before["towers"], towers)
+        record["accepted"] = before["accepted"] + accept(found, accepted, before["data_position"]["batches"])
+        record["instructions"] = list(dict.fromkeys([*before["instructions"], *tokens]))
+    return record
 
 
 def _statistics(datasets: list[Episodes], config: ConfigDict, before: Record | None) -> dict[str, Statistics]:
