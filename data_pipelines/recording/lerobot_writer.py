@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from data_pipelines.disk import require_room, writing
 from data_pipelines.ownership import Owner
 from data_pipelines.paths import local_path
+from data_pipelines.recording.arguments import checked_cameras, checked_count, checked_names, checked_text
 from data_pipelines.recording.encoded_video import (
     EncodedVideo,
     VideoFile,
@@ -40,13 +40,11 @@ from data_pipelines.recording.lerobot_tables import (
     vector_stats,
 )
 
-CAMERA_PREFIX = "observation.images."
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
 _FILES_PER_CHUNK = 1000
 _TABLES, _TABLES_PER_EPISODE, _INDEX_PER_FRAME = 2**18, 2**13, 2**6  # bytes, at most, of what `close` writes
-_LONGEST_NAME = 255  # bytes, of a folder
 
 
 @dataclass
@@ -83,10 +81,10 @@ class LeRobotWriter:
     def __post_init__(self) -> None:
         self.root = local_path(self.root)
         self._rate = frame_rate(self.fps)
-        self.state_names = _checked_names(self.state_names)
-        self.robot_type = _checked_text(self.robot_type, "robot_type")
-        self.episodes_per_file = _checked_count(self.episodes_per_file, "episodes_per_file")
-        self.cameras = _checked_cameras(self.cameras, self._rate)
+        self.state_names = checked_names(self.state_names)
+        self.robot_type = checked_text(self.robot_type, "robot_type")
+        self.episodes_per_file = checked_count(self.episodes_per_file, "episodes_per_file")
+        self.cameras = checked_cameras(self.cameras, self._rate)
         if os.path.lexists(self.root):
             raise FileExistsError(f"{self.root} exists already: expected a new folder; remove it or name another.")
         self._partial = unfinished(self.root)
@@ -116,7 +114,7 @@ class LeRobotWriter:
         if self._closed:
             raise ValueError(f"{self.root} takes no further episode: {self._closed}.")
         columns = self._checked_rows(states, actions)
-        instruction = _checked_text(instruction, "The instruction", blank=False)
+        instruction = checked_text(instruction, "The instruction", blank=False)
         videos, settings = self._checked_videos(images, len(columns["action"]))
         self._require_room(columns, videos)
         self._closed = "the last one could not be written whole; close() finishes the episodes before it"
@@ -378,57 +376,3 @@ def discard_unfinished(root: Path) -> bool:
 def _files(folder: Path) -> list[Path]:
     """What lies in a folder but for the note of its owner."""
     return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
-
-
-# ---------------------------------------------------------------- what a writer is made with
-def _checked_text(text: object, name: str, blank: bool = True) -> str:
-    encodable = isinstance(text, str) and text.encode(errors="replace") == text.encode(errors="surrogatepass")
-    if not encodable or not (blank or text.strip()):
-        raise ValueError(f"{name} is {text!r}: expected {'' if blank else 'words, as '}text that UTF-8 can hold.")
-    return str(text)
-
-
-def _checked_count(value: object, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} is {value!r}: expected a whole number, at least 1.")
-    return int(value)
-
-
-def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(names, str) or not hasattr(names, "__iter__") or not len(names := list(names)):
-        raise ValueError(f"state_names is {names!r}: expected a list with a name for every number of a state.")
-    checked = tuple(_checked_text(name, f"state_names[{i}]", blank=False) for i, name in enumerate(names))
-    if twice := [name for name in checked if checked.count(name) > 1]:
-        raise ValueError(f"state_names has {twice[0]!r} twice: expected another name for every number.")
-    return checked
-
-
-def _checked_cameras(cameras: Mapping[str, tuple[int, int]], rate: Fraction) -> dict[str, tuple[int, int]]:
-    """The cameras with plain numbers; each size is tried out, since a codec has limits of its own."""
-    checked = {}
-    for key, size in cameras.items():
-        name = _checked_text(key, "The key of a camera")
-        if not name.startswith(CAMERA_PREFIX) or name == CAMERA_PREFIX or "/" in name or not name.isprintable():
-            raise ValueError(
-                f"The key of a camera is {name!r}: expected {CAMERA_PREFIX}<name>, as in {CAMERA_PREFIX}cam_high, and "
-                "no '/' in it."
-            )
-        if len(name.encode()) > _LONGEST_NAME:
-            raise ValueError(f"The key {name[:40]!r}... is {len(name.encode())} bytes long, at most {_LONGEST_NAME}.")
-        if not hasattr(size, "__len__") or len(size) != 2:
-            raise ValueError(f"The size of {key} is {size!r}: expected (height, width) in pixels.")
-        height, width = (_checked_count(value, f"The size of {key}") for value in size)
-        if height % 2 or width % 2:
-            raise ValueError(f"The size of {key} is {height}x{width}: h264 needs an even height and width; resize.")
-        checked[name] = height, width
-    for size in set(checked.values()):
-        keys = ", ".join(key for key, found in checked.items() if found == size)
-        black = np.zeros((2, *size, 3), np.uint8)
-        try:
-            check_video(encode_video(black, rate), rate, keys)
-        except (av.error.FFmpegError, OverflowError, ValueError) as error:
-            raise ValueError(
-                f"{keys}: h264 cannot hold pictures of {size[0]}x{size[1]} at {float(rate):g} per second ({error}); "
-                "resize them."
-            ) from error
-    return checked
