@@ -58,6 +58,7 @@ class LeRobot(Reader):
     _needed: Fields = {}  # positive numbers in info.json beyond those of every version
     _listing: str  # where the episodes are listed
     _tasks_file: str
+    _told = INFO  # what says how a video is to be read
 
     def __init__(self, root: Path, info: dict[str, Any]) -> None:
         path = root / INFO
@@ -159,8 +160,8 @@ class LeRobot(Reader):
             decode_frames(path, first + rows, self.fps, out)
         except VideoError as error:
             found = disguised(path, own=b"ftyp") or (
-                f"cannot be decoded: {error}. The file is truncated, damaged or at odds with {INFO}; copy or record "
-                "it again"
+                f"cannot be decoded: {error}. The file is truncated, damaged or at odds with {self._told}; copy or "
+                "record it again"
             )
             raise DatasetError(f"{where} {found}.") from error
 
@@ -202,6 +203,7 @@ class LeRobotV30(LeRobot):
     """Several episodes to a file."""
 
     _listing, _tasks_file = "meta/episodes", "meta/tasks.parquet"
+    _told = f"{INFO}, or with the from_timestamp of the episode in {_listing}"
 
     def __init__(self, root: Path, info: dict[str, Any]) -> None:
         super().__init__(root, info)

@@ -122,6 +122,12 @@ def frames_start_between_two(root: Path) -> str:
     return "start at 40.400 frames (from_timestamp 1.616000 s at 25 frames per second), expected a whole"
 
 
+@corruption(("v3.0",))
+def frames_start_one_late(root: Path) -> str:
+    change_start(root, "cam_high", 41 / tiny.FPS)
+    return "the video ends before frame 63. The file is truncated, damaged or at odds with meta/info.json, or with the"
+
+
 @corruption(("v2.1",))
 def episode_taken_out(root: Path) -> str:
     path = root / "meta/episodes.jsonl"
