@@ -96,7 +96,7 @@ def _open(path: str) -> _Video:
 def _state(path: str) -> tuple[int, ...]:
     """Differs if the file was replaced or written to."""
     found = os.stat(path)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns
 
 
 class _Idle:

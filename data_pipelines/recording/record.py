@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections import deque
 from collections.abc import Iterator
@@ -80,7 +81,8 @@ def record(task: str, episodes: int, out: Path, processes: int, noise: float, se
     """
     scene_file(task)
     cameras = {_key(camera): size for camera, size in IMAGE_SIZES.items()}
-    kind = hashlib.sha256(json.dumps([task, noise]).encode()).hexdigest()[:8]
+    # Pictures of another renderer are other attempts, too.
+    kind = hashlib.sha256(json.dumps([task, noise, os.environ.get("MUJOCO_GL")]).encode()).hexdigest()[:8]
     attempts = out.with_name(f".{out.name}.attempts-{kind}")
     safe = f"The episodes before are kept in {attempts}; the same command goes on from there."
     progress, kept = Progress(episodes, "episodes"), []

@@ -89,7 +89,8 @@ class Converted(Reader):
         shard, place = self._place(episode)
         path = layout.shard_path(self.root, shard, self._shards)
         try:
-            features = _example(path, path.stat().st_mtime_ns, place).features.feature
+            state = path.stat()
+            features = _example(path, (state.st_ino, state.st_ctime_ns), place).features.feature
             pictures = features[f"images/{camera}"].bytes_list.value
             for to, row in zip(out, rows, strict=True):
                 with Image.open(io.BytesIO(pictures[row])) as image:
@@ -106,8 +107,8 @@ class Converted(Reader):
 
 # The views of a window are asked for one after the other, and lie in one record.
 @lru_cache(maxsize=2)
-def _example(path: Path, changed: int, place: int) -> Any:
-    """The tf.train.Example of a record. changed: when the file was, so that another one is read anew."""
+def _example(path: Path, state: tuple[int, int], place: int) -> Any:
+    """The tf.train.Example of a record. state: of the file, so that another one is read anew."""
     from array_record.python.array_record_module import ArrayRecordReader
     from tensorflow_datasets.proto import tf_example_pb2
 
