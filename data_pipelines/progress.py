@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import suppress
 from typing import TextIO
 
 LOG_SECONDS = 5.0  # between two lines of a log
@@ -51,8 +52,9 @@ def finish_line() -> None:
     global _unfinished
     if _unfinished is not None:
         line, _unfinished = _unfinished, None
-        line._stream.write("\n")
-        line._stream.flush()
+        with suppress(RuntimeError):  # a signal came in the midst of a write, and its handler is here
+            line._stream.write("\n")
+            line._stream.flush()
 
 
 def say(text: str) -> None:

@@ -16,7 +16,7 @@ from data_pipelines.episodes import DatasetError, Episodes
 from data_pipelines.loader import THREADS
 from data_pipelines.normalization import RELEASED, label, losses, recoverable
 from data_pipelines.readers.base import BLOCK, GRID_TOLERANCE
-from data_pipelines.readers.lerobot import IMAGE_PREFIX, LeRobot
+from data_pipelines.readers.lerobot import IMAGE_PREFIX, LeRobot, LeRobotV30
 from data_pipelines.readers.subset import as_recorded
 from data_pipelines.windows import WindowConfig
 
@@ -111,6 +111,22 @@ def promised_frames(dataset: Episodes) -> dict[Path, int]:
                 continue
             promised[path] = max(promised.get(path, 0), first + int(length))
     return promised
+
+
+def unclaimed_frames(dataset: Episodes, cameras: Sequence[str]) -> Iterator[str]:
+    """Warnings about frames in the videos of LeRobot v3.0 that lie before an episode and belong to none."""
+    for camera in cameras if isinstance(dataset, LeRobotV30) else ():
+        try:
+            gaps = dataset.gaps(IMAGE_PREFIX + camera)
+        except (KeyError, ValueError):  # places that are not told, or are no numbers: told by check_frames
+            continue
+        if gaps:
+            episode, frames = gaps[0]
+            others = f", likewise before {len(gaps) - 1} others" if gaps[1:] else ""
+            yield (
+                f"{frames} frames of {camera} lie before those of episode {episode} in its file and belong to none"
+                f"{others}; unless episodes were taken out, from_timestamp is wrong there."
+            )
 
 
 def _header(path: Path) -> tuple[int, str]:

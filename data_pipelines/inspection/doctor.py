@@ -28,6 +28,7 @@ from data_pipelines.inspection.checks import (
     measure,
     promised_frames,
     tabulate,
+    unclaimed_frames,
 )
 from data_pipelines.loader import Source, check_alike
 from data_pipelines.normalization import CLIP
@@ -176,6 +177,7 @@ def examine(dataset: Episodes, cameras: Sequence[str], videos: bool, whole: bool
     checks = [(episode, None, partial(check_rows, dataset, episode)) for episode in episodes]
     if videos:
         promised = promised_frames(dataset)
+        findings.warnings |= dict.fromkeys(unclaimed_frames(dataset, cameras or list(dataset.cameras)))
         checks += [
             (episode, camera, partial(check_frames, dataset, promised, episode, camera, whole))
             for episode in episodes

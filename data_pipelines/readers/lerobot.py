@@ -271,6 +271,17 @@ class LeRobotV30(LeRobot):
                 f"s at {self.fps:g} frames per second; {self._way_out(key)}."
             )
 
+    def gaps(self, key: str) -> list[tuple[int, int]]:
+        """Episodes whose frames start behind the end of what comes before them in the file: (episode, frames between).
+
+        Nothing is wrong if those frames are of episodes that were taken out.
+        """
+        (before, after), seconds = self._neighbours(key)
+        ends = np.zeros(len(self.lengths))
+        ends[after] = seconds[before] + self.lengths[before] / self.fps
+        between = np.rint((seconds - ends) * self.fps).astype(int)
+        return [(int(episode), int(between[episode])) for episode in np.flatnonzero(between > 0)]
+
     def _neighbours(self, key: str) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
         """Episodes that follow each other in a file, (before, after), and where each episode starts, in seconds."""
         names = (f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp"))

@@ -227,6 +227,18 @@ def test_a_camera_nobody_asks_for(
     assert status == 1 and "problem:" in page
 
 
+def test_frames_of_no_episode(healthy: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A start that is late by a whole frame gives wrong frames without a word, where the file has more of them."""
+    root = shutil.copytree(healthy["v3.0"], tmp_path / "tiny")
+    path, size = tiny.video_path(root, "cam_high", 0), tiny.CAMERAS["cam_high"]
+    tiny.write_video(path, [tiny.picture(number, size) for number in range(tiny.LENGTHS[0] + tiny.LENGTHS[1] + 1)])
+    assert "lie before those of" not in page_of(capsys, root)[1]
+    corruptions.change_start(root, "cam_high", (tiny.LENGTHS[0] + 1) / tiny.FPS)
+    status, page = page_of(capsys, root)
+    assert status == 0
+    assert "warning: 1 frames of cam_high lie before those of episode 1 in its file and belong to none; unless" in page
+
+
 def test_a_depth_map(healthy: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = shutil.copytree(healthy["v3.0"], tmp_path / "tiny")
     depth = {"dtype": "image", "shape": [1, 48, 64], "names": None, "info": {"is_depth_map": True}}
