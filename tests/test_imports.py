@@ -45,7 +45,7 @@ DATA = {
     "normalization": {"episodes"},
     "canvas": set(),
     "readers": {"episodes", "tfds", "disk", "paths", "files"},
-    "caches": {"episodes", "canvas", "progress", "disk", "ownership", "processes", "paths"},
+    "caches": {"episodes", "canvas", "progress", "disk", "ownership", "processes", "paths", "files"},
     "statistics": {"episodes", "normalization", "disk", "paths", "files"},
     "fingerprint": {"episodes", "readers"},
     "windows": {"episodes", "caches", "normalization", "statistics"},

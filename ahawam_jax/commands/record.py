@@ -4,6 +4,7 @@
 """
 
 import argparse
+import math
 import sys
 
 from data_pipelines.paths import local_path
@@ -29,8 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed0", type=int, default=1000, help="first seed; evaluation uses 0 to 999")
     arguments = parser.parse_args(argv)
     for name, least in (("episodes", 1), ("processes", 1), ("noise", 0), ("seed0", 0)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name} is {getattr(arguments, name)}: expected at least {least}")
+        if not least <= getattr(arguments, name) < math.inf:  # NaN is neither
+            parser.error(f"--{name} is {getattr(arguments, name)}: expected a number, at least {least}")
     if problem := check_rendering():
         sys.exit(problem)
     try:

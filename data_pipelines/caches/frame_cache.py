@@ -20,6 +20,7 @@ from data_pipelines.caches.keys import pictures_key
 from data_pipelines.canvas import Canvas
 from data_pipelines.disk import require_room, writing
 from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.files import read_json
 from data_pipelines.ownership import owned
 from data_pipelines.paths import local_path
 from data_pipelines.processes import worker_pool
@@ -101,10 +102,8 @@ def open_frames(dataset: Episodes, canvas: Canvas, cache_dir: str | Path, proces
 
 def _open(folder: Path, shape: tuple[int, ...], key: str) -> CachedFrames:
     data, note = folder / DATA, folder / ABOUT
-    try:
-        stored, size = json.loads(note.read_text()), data.stat().st_size
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{folder} is not a complete frame cache ({error}); delete the folder.") from error
+    stored = read_json(note, DatasetError, "delete the folder, it will be built again")
+    size = data.stat().st_size if data.is_file() else 0
     expected = int(np.prod(shape))
     if stored != {"key": key, "shape": list(shape)} or size != expected:
         raise DatasetError(

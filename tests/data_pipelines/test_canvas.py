@@ -170,6 +170,9 @@ def test_damaged_cache_is_refused(root: Path, tmp_path: Path) -> None:
     note.write_text(json.dumps(json.loads(note.read_text()) | {"key": "another"}))
     with pytest.raises(DatasetError, match="another.* delete the folder"):
         open_frames(open_episodes(root), Canvas(HEAD), tmp_path)
+    note.write_text('{"key": ')
+    with pytest.raises(DatasetError, match="key.json is not valid JSON .*; delete the folder"):
+        open_frames(open_episodes(root), Canvas(HEAD), tmp_path)
 
 
 def test_frames_need_all_three_cameras(root: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from ahawam_jax.commands import record as command
 from data_pipelines.disk import DiskError
 from data_pipelines.processes import WorkerError
 from data_pipelines.readers.opening import open_episodes
@@ -283,13 +284,21 @@ def killed(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ahawam_jax", "record"]
-    usage = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60)
+def test_command_line() -> None:
+    help_ = [sys.executable, "-m", "ahawam_jax", "record", "--help"]
+    usage = subprocess.run(help_, capture_output=True, text=True, timeout=60)
     assert usage.returncode == 0 and "--noise" in usage.stdout and "(default: 200)" in usage.stdout
-    wrong = subprocess.run(
-        [*command, "--task", "insertion", "--out", str(tmp_path / "x"), "--episodes", "0"],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert wrong.returncode == 2 and "--episodes is 0: expected at least 1" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "least"),
+    [("episodes", "0", "1"), ("noise", "nan", "0"), ("noise", "inf", "0"), ("seed0", "-1", "0")],
+)
+def test_numbers_that_nothing_can_be_recorded_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture, flag: str, value: str, least: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--task", "insertion", "--out", str(tmp_path / "x"), f"--{flag}={value}"])
+    assert stopped.value.code == 2
+    assert f"--{flag} is {value}: expected a number, at least {least}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
