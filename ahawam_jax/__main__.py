@@ -4,8 +4,11 @@ import difflib
 import importlib
 import io
 import os
+import select
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from data_pipelines.progress import finish_line
@@ -65,6 +68,32 @@ def _make_output_possible() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """In the block SIGTERM, which schedulers send, is a Ctrl-C; who cannot press that is told so."""
+    blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    if blocked or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        print(f"Ctrl-C cannot reach this job, started in the background; to stop it: kill {os.getpid()}",
+              file=sys.stderr, flush=True)  # fmt: skip
+    before = signal.getsignal(signal.SIGTERM)
+    if before == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout led to a program that has seen enough, as in `ahawam doctor DIR | head`."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # an error is always reported
+    gone = bool(poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+    return gone
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command that the first argument names; returns its exit status."""
     argv = sys.argv[1:] if arguments is None else arguments
@@ -93,15 +122,17 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     _make_output_possible()
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        print(f"Ctrl-C cannot reach this job, started in the background; to stop it: kill {os.getpid()}",
-              file=sys.stderr, flush=True)  # fmt: skip
     sys.argv = [f"ahawam {name}", *argv[1:]]
     try:
-        return int(module.main(argv[1:]) or 0)
+        with _stopped_by_signals():
+            return int(module.main(argv[1:]) or 0)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 128 + signal.SIGPIPE
     finally:
         finish_line()  # so that an error gets a line of its own
 

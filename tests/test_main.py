@@ -76,18 +76,27 @@ def command(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return module
 
 
+@pytest.mark.parametrize("unreachable", [False, True])
 def test_who_cannot_press_ctrl_c_is_told_what_to_do(
-    command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str], unreachable: bool
 ) -> None:
-    assert door.main(["train"]) == 0 and not capsys.readouterr().err
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as shells start jobs in the background
+    """Shells start jobs in the background with SIGINT ignored, others block it; SIGTERM then does the same."""
+    sentence = f"Ctrl-C cannot reach this job, started in the background; to stop it: kill {os.getpid()}\n"
+    command.main = lambda argv: os.kill(os.getpid(), signal.SIGTERM)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
-        assert door.main(["train"]) == 0
+        if unreachable:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        assert door.main(["record"]) == 130
+        assert capsys.readouterr().err == sentence * unreachable + "\nstopped\n"
+        signal.signal(signal.SIGINT, before[0])
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT} if unreachable else ())
+        assert door.main(["record"]) == 130
+        assert capsys.readouterr().err == sentence * unreachable + "\nstopped\n"
     finally:
-        signal.signal(signal.SIGINT, before)
-    assert f"Ctrl-C cannot reach this job, started in the background; to stop it: kill {os.getpid()}" in (
-        capsys.readouterr().err
-    )
+        signal.signal(signal.SIGINT, before[0])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_output_goes_where_it_can(command: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,12 +110,29 @@ def test_output_goes_where_it_can(command: SimpleNamespace, monkeypatch: pytest.
     assert door.main(["doctor"]) == 0
 
 
+def test_nobody_reads_on(command: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `ahawam doctor DIR | head`; a pipe to another process that breaks is an error all the same."""
+
+    def another_pipe_breaks(argv: list[str]) -> None:
+        raise BrokenPipeError
+
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        command.main = another_pipe_breaks
+        with pytest.raises(BrokenPipeError):
+            door.main(["doctor"])
+        os.close(reading)
+        command.main = lambda argv: print("much", flush=True)
+        assert door.main(["doctor"]) == 128 + signal.SIGPIPE
+
+
 def test_ctrl_c_leaves_no_traceback(command: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(argv: list[str]) -> None:
         raise KeyboardInterrupt
 
     command.main = interrupted
-    assert door.main(["record"]) == 128 + signal.SIGINT
+    assert door.main(["record"]) == 130
     assert capsys.readouterr().err == "\nstopped\n"
 
 
