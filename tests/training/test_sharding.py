@@ -1,5 +1,6 @@
 """Eight virtual devices against one: the same step, and checkpoints that move between them."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ahawam_jax.checkpoints import CheckpointError, Checkpoints
@@ -83,12 +85,16 @@ def worst_difference(a: Any, b: Any) -> float:
     return max(float(np.abs(x - y).max() / max(np.abs(y).max(), 1e-6)) for x, y in pairs)
 
 
-def moving(params: Any) -> list[jax.Array]:
-    """All leaves but the biases of the observation keys: softmax ignores them, their exact gradient is 0, and Adam's
-    first update of a gradient that is rounding noise is learning_rate times its random sign."""
-    still = ("['key']['bias']", "['key_norm']['bias']")
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    kept = [x for path, x in leaves if not jax.tree_util.keystr(path).endswith(still)]
+def momentum(state: TrainState) -> Any:
+    """Of the first step: the clipped gradient times 1 - b1."""
+    return jax.device_get(state.opt_state[1][0].mu)
+
+
+def with_gradient(tree: Any) -> list[np.ndarray]:
+    """All leaves but the biases of the observation keys: softmax ignores them, so their exact gradient is 0."""
+    zero = ("['key']['bias']", "['key_norm']['bias']")
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    kept = [x for path, x in leaves if not jax.tree_util.keystr(path).endswith(zero)]
     assert len(kept) == len(leaves) - 2
     return kept
 
@@ -109,14 +115,24 @@ def test_parameters_are_spread_over_fsdp_and_tensor() -> None:
 
 
 def test_eight_devices_compute_what_one_does(one_device: tuple[TrainState, dict], tmp_path: Path) -> None:
+    """The same gradient, summed in another order, and of that gradient the update that one device makes."""
     state, metrics, _ = run(mesh_of(2, 2, 2), tmp_path, 1)
     expected, expected_metrics = one_device
     for name in ("loss", "loss_video", "loss_action", "gradient_norm"):
         assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-5)
-    assert worst_difference(moving(state.opt_state[1][0].mu), moving(expected.opt_state[1][0].mu)) < 1e-5
-    # Adam divides a gradient by its own size, so an element's update is off by learning_rate (1e-3) times its relative
-    # rounding error, 0.6 % for the smallest gradients.
-    assert worst_difference(moving(state.params), moving(expected.params)) < 1e-5
+    # 1e-5 are 170 roundings of 2^-24, in sums over 8 samples of some twenty tokens and in the layers behind them.
+    assert worst_difference(with_gradient(momentum(state)), with_gradient(momentum(expected))) < 1e-5
+    # Updates of two gradients that differ by rounding need not agree: Adam divides an entry by its own size, whatever
+    # is left of an entry near its epsilon of 1e-8. So the update is compared with that of the same gradient.
+    before, tx = random_params(MODEL), make_optimizer(OPTIMIZER, 10)
+    gradient = jax.tree.map(lambda x: x / np.float32(1 - OPTIMIZER.b1), momentum(state))
+    updates, _ = tx.update(gradient, tx.init(before), before)
+    # Of an update, at most learning_rate in size, 1e-6 is lost on the way from the gradient to the momentum, back, and
+    # through a norm of 1; then it is added, which rounds the parameter by 2^-24, here and there.
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=2**-23, atol=1e-6 * OPTIMIZER.learning_rate),
+        jax.device_get(state.params), optax.apply_updates(before, updates),
+    )  # fmt: skip
 
 
 def test_accumulated_microbatches_are_averaged(tmp_path: Path) -> None:
