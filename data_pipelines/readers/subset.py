@@ -66,7 +66,7 @@ def load_subset(path: str | Path) -> list[Entry]:
             f"{path} does not exist; see data_pipelines/readers/robocoin_example.toml for a subset file."
         )
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise DatasetError(f"{path} is not valid TOML: {error}; correct it.") from error
     tables, rate = content.pop("dataset", None), content.pop("rate", None)

@@ -1,6 +1,9 @@
 """Subset files: what is wrong with one is said, and datasets of different rates become one rate or are refused."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +52,21 @@ def test_subset_file(tmp_path: Path) -> None:
         Entry("a", tmp_path / "set", 2, "bot", "two_6dof_arms"),
         Entry("b.2-x", tmp_path / "set", 0.5, "bot", "two_6dof_arms", cameras, "skip"),
     ]
+
+
+def test_files_are_utf8_whatever_the_locale_is(tmp_path: Path) -> None:
+    """Without UTF-8 for Python's own sake: a job whose locale is an old one."""
+    table = 'name = "a"\npath = "叠毛巾"\nweight = 2\nrobot = "bot"\nlayout = "two_6dof_arms"\n'
+    (tmp_path / "subset.toml").write_text(f"[[dataset]]\n{table}", "utf-8")
+    (tmp_path / "subtasks.jsonl").write_text('{"subtask_index": 0, "subtask": "叠毛巾"}\n', "utf-8")
+    code = (
+        "import sys; from pathlib import Path; from data_pipelines.readers import robocoin, subset\n"
+        "folder = Path(sys.argv[1]); (entry,) = subset.load_subset(folder / 'subset.toml')\n"
+        "texts = robocoin._read_subtasks(folder / 'subtasks.jsonl')\n"
+        "sys.exit(ascii([entry.path.name, texts[0]]) != sys.argv[2])"
+    )
+    command = [sys.executable, "-X", "utf8=0", "-c", code, str(tmp_path), ascii(["叠毛巾"] * 2)]
+    assert subprocess.run(command, env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}).returncode == 0
 
 
 def test_example_of_a_subset_file() -> None:
