@@ -4,16 +4,17 @@ PYTHON ?= python3
 VENV := .venv
 RUN = $(VENV)/bin/python
 INSTALL = $(PYTHON) -m pip --python $(RUN) install --quiet --no-warn-conflicts
-# Two processes; the tests of a file share what they set up.
-PYTEST = $(RUN) -m pytest -n 2 --dist loadfile
+# Two processes; the tests of a file share what they set up, and tests/conftest.py says which file comes first.
+PYTEST = $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 export PYTHONUNBUFFERED := 1
+export PYTHONUTF8 := 1
 
 # Installed without what they ask for: of gym-aloha the scene files are used, dm_control computes the physics to compare
 # with. They bring labmaze, for which Python 3.13 has no wheel and bazel is wanted.
 SCENES := gym-aloha==0.1.5
 PHYSICS := dm_control==1.0.41
 
-.PHONY: install install-dev test test-all test-newest lint demo demo-long pins clean
+.PHONY: install install-dev test test-all test-isa test-newest lint demo demo-long pins clean
 
 install: $(VENV)/.installed
 
@@ -44,6 +45,17 @@ test: lint
 
 test-all: lint
 	$(PYTEST)
+
+# What is computed, once more with the instructions of a processor of 2008: a bound that holds for one set of
+# instructions alone holds by luck.
+test-isa: export XLA_FLAGS := --xla_cpu_max_isa=SSE4_2
+test-isa: export ATEN_CPU_CAPABILITY := default
+test-isa: export MKL_ENABLE_INSTRUCTIONS := SSE4_2
+test-isa: export ONEDNN_MAX_CPU_ISA := SSE41
+test-isa: export OPENBLAS_CORETYPE := Nehalem
+test-isa: install-dev
+	$(PYTEST) -m "not slow" tests/models tests/towers tests/inference tests/verification tests/training/test_sharding.py \
+	  tests/training/test_objective.py tests/test_flow_matching.py tests/test_sampling.py tests/export/twin tests/export/released
 
 # The newest releases that pyproject.toml admits, in an environment of their own: JAX 0.12 needs Python 3.12.
 test-newest: VENV := .venv-newest

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 _PREPARED = "AHAWAM_TESTS_PREPARED"
 
 
@@ -23,14 +24,17 @@ def _prepare_environment() -> None:
         quick += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Processes find the code wherever pytest was started.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     # What one test has compiled no other test, worker or command compiles again. Compiled code is of one machine and
     # one jaxlib, so the folder begins empty and goes with the run.
     cache = tempfile.mkdtemp(prefix="ahawam-compiled-")
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    # A job in the background inherits that Ctrl-C is ignored, and so would every process that a test interrupts.
+    # A job in the background inherits that Ctrl-C is ignored or blocked, and so would what a test interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 # Worker processes that import a test module come here too: pytest-xdist's, and those of a loader in a test.
@@ -38,7 +42,6 @@ if _PREPARED not in os.environ:
     _prepare_environment()
 
 ONE_DEVICE = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"  # the later flag counts
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +57,14 @@ def shared_dir() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return reference.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that two processes end at the same time."""
+    longest = (
+        "training/test_loop.py", "training/test_sharding.py", "export/test_to_torch.py", "test_own_robot.py",
+        "test_end_to_end.py", "export/test_runtime.py", "export/test_benchmark.py",
+        "export/engines/test_onnx_graphs.py",
+    )  # fmt: skip
+    order = {REPOSITORY / "tests" / name: place for place, name in enumerate(longest)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
