@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -133,7 +132,6 @@ class _OfWorkers(Iterator[Batch]):
 
     def __init__(self, batches: grain.IterDataset) -> None:
         self._batches = iter(batches)
-        weakref.finalize(self, self._batches.close)
 
     def __next__(self) -> Batch:
         try:

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from data_pipelines.processes import WorkerError, ending, worker_pool
+from data_pipelines.processes import WorkerError, _Context, ending, worker_pool
 from tests.conftest import REPOSITORY
 
 SAFE = "What was done is kept."
@@ -52,6 +53,27 @@ def test_an_error_ends_the_others_at_once() -> None:
         other = pool.submit(time.sleep, 300)
         pool.submit(fail, 3).result(60)
     assert not multiprocessing.active_children() and isinstance(other.exception(), BrokenProcessPool)
+
+
+def reached_by_ctrl_c(seconds: float) -> tuple[int, bool]:
+    time.sleep(seconds)  # so that each worker has one
+    return os.getpid(), signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_ctrl_c_is_the_job_s_alone() -> None:
+    """From a worker's first moment on, its imports included."""
+    with worker_pool(2, SAFE) as pool:
+        answers = dict(pool.map(reached_by_ctrl_c, [0.3] * 4))
+    assert len(answers) == 2 and not any(answers.values())
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])  # here it is as before
+
+
+@pytest.mark.parametrize(("codes", "first"), [((-15, -9, -15), -9), ((-15, -15), -15), ((0, 3), 3), ((None, 0), None)])
+def test_the_one_that_ended_first_is_told(codes: tuple, first: int | None) -> None:
+    """The others are terminated for its sake."""
+    context = _Context()
+    context.started = [SimpleNamespace(exitcode=code) for code in codes]
+    assert context.exit_code == first
 
 
 def test_how_a_process_ended() -> None:
