@@ -77,6 +77,7 @@ class LeRobotWriter:
     _videos: dict[str, VideoFile] = field(default_factory=dict, init=False)
     _settings: dict[str, bytes] = field(default_factory=dict, init=False)  # of the decoders of the open files
     _closed: str = field(default="", init=False)  # why no further episode is taken
+    _named: bool = field(default=False, init=False)  # the dataset has its own name
 
     def __post_init__(self) -> None:
         self.root = local_path(self.root)
@@ -124,7 +125,7 @@ class LeRobotWriter:
 
     def close(self) -> None:
         """Write the metadata and give the dataset its name. A second call does nothing."""
-        if not self._partial.exists() and self._closed:
+        if self._named:
             return
         if not self._episodes:
             self._leave()
@@ -135,6 +136,7 @@ class LeRobotWriter:
                 f"{self.root} has come to exist meanwhile; the recording is whole in {self._partial}: rename it."
             )
         self._partial.rename(self.root)
+        self._named = True
 
     def __enter__(self) -> "LeRobotWriter":
         return self
@@ -142,7 +144,7 @@ class LeRobotWriter:
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if kind is None:
             self.close()
-        elif self._leave():
+        elif not self._named and self._leave():
             error.add_note(
                 f"{len(self._episodes)} whole episodes are in {self._partial}: rename it to {self.root.name} to use "
                 "them, or remove it."

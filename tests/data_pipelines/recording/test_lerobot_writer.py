@@ -329,8 +329,9 @@ def test_closing_twice(tmp_path: Path) -> None:
     out.add_episode(*episode(), "lift")
     out.close()
     out.close()
-    with out:
-        pass
+    with pytest.raises(ZeroDivisionError), out:
+        _ = 1 / 0
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
     with pytest.raises(ValueError, match="set takes no further episode: it was closed"):
         out.add_episode(*episode(), "lift")
 
