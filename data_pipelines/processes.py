@@ -10,10 +10,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
+
+LOOK = 0.5  # seconds between two looks at the processes of a pool
 
 
 class WorkerError(ChildProcessError):
@@ -30,8 +33,9 @@ def worker_pool(
     Workers leave Ctrl-C to this process and end with it, also where it is killed; an error in the block ends them at
     once. Raises WorkerError where one of them ends itself or is killed.
     """
-    context = _Context()
+    context, ended = _Context(), threading.Event()
     pool = ProcessPoolExecutor(processes, context, _begin, (initializer, arguments))
+    threading.Thread(target=_watch, args=(pool, context, ended), daemon=True).start()
     try:
         yield pool
     except BrokenProcessPool as error:
@@ -42,7 +46,24 @@ def worker_pool(
             process.terminate()
         raise
     finally:
+        ended.set()
         pool.shutdown(cancel_futures=True)
+
+
+def _watch(pool: ProcessPoolExecutor, context: "_Context", ended: threading.Event) -> None:
+    """Has the pool look at its processes when one of them is gone.
+
+    It waits for those alone that it had when it began to wait, and for results: of the last one that it started it may
+    never learn that it was killed. Another task makes it begin anew.
+    """
+    while not ended.wait(LOOK):
+        with suppress(RuntimeError, ValueError):  # the pool is broken or shut down, or a process only about to start
+            if wait([process.sentinel for process in context.started], 0):
+                pool.submit(_nothing)
+
+
+def _nothing() -> None:
+    """A task."""
 
 
 def ending(exit_code: int | None) -> str:

@@ -28,6 +28,14 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
+def test_the_last_worker_that_was_started_is_watched_too() -> None:
+    """Nothing else happens that would make the pool look: the other task goes on and on."""
+    for _ in range(4):  # the pool alone overlooks it about every other time
+        with pytest.raises(WorkerError, match="SIGKILL"), worker_pool(2, SAFE) as pool:
+            pool.submit(time.sleep, 300)
+            pool.submit(kill_yourself, signal.SIGKILL).result(60)
+
+
 def fail(number: int) -> int:
     raise ValueError(f"number {number}")
 
