@@ -44,23 +44,33 @@ def writing(path: str | Path, safe: str) -> Iterator[None]:
     except DiskError:
         raise
     except Exception as error:
-        code = trouble(error)
+        code = trouble(error, path)
         if code is None:
             raise
         reason, way = TROUBLES[code]
         raise DiskError(f"{path} cannot be written: {reason}; {way}. {safe}") from error
 
 
-def trouble(error: BaseException | None) -> int | None:
-    """The errno of TROUBLES behind an error, or behind what it was raised from; None where it is no such error."""
+def trouble(error: BaseException | None, path: str | Path) -> int | None:
+    """The errno of TROUBLES behind an error, or behind what it was raised from; None where it is no such error.
+
+    Nor where it names a file that is neither at `path`, nor beside it, nor above: that one was read.
+    """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in TROUBLES:
+        if isinstance(error, OSError) and error.errno in TROUBLES and _concerns(error.filename, Path(path).absolute()):
             return error.errno
         found = [code for words, code in WORDS.items() if words in str(error)]
         if found or SHORT_WRITE.search(str(error)):
             return found[0] if found else errno.ENOSPC
         error = error.__cause__ or error.__context__
     return None
+
+
+def _concerns(named: str | bytes | int | None, path: Path) -> bool:
+    if not isinstance(named, str):
+        return True
+    found = Path(named).absolute()
+    return found.is_relative_to(path.parent) or path.is_relative_to(found)
 
 
 @contextmanager

@@ -1,1 +1,2 @@
-"""Decoded canvases and latents on disk. Imports episodes and canvas; windows and the loader import it."""
+"""Decoded canvases and latents on disk, and what they go by. Imports episodes and canvas; windows, the loader and tfds
+import it."""

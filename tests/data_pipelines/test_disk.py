@@ -66,11 +66,23 @@ def test_every_trouble_of_a_disk(tmp_path: Path, error: Exception, words: str) -
 
 def test_other_errors_pass(tmp_path: Path) -> None:
     for error in (ValueError("its values"), FileNotFoundError(errno.ENOENT, "no such file")):
-        assert trouble(error) is None
+        assert trouble(error, tmp_path) is None
         with pytest.raises(type(error)), writing(tmp_path, SAFE):
             raise error
     with pytest.raises(DiskError, match="^said once$"), writing(tmp_path, SAFE), writing(tmp_path, "inner"):
         raise DiskError("said once")
+
+
+def test_troubles_with_what_is_read_pass(tmp_path: Path) -> None:
+    """Told by the file that they name: one above, beside or below is being written."""
+    out = tmp_path / "data/set"
+    for named, about in (
+        ("set", True), ("set/videos/a.mp4", True), (".set.partial", True), ("..", True), ("../scene.xml", False),
+    ):  # fmt: skip
+        error = PermissionError(errno.EACCES, "Permission denied", os.path.normpath(out.parent / named))
+        with pytest.raises(DiskError if about else PermissionError, match="may not write" if about else "denied"):
+            with writing(out, SAFE):
+                raise error
 
 
 def test_what_a_killed_writer_left_is_not_taken_for_the_file(tmp_path: Path) -> None:
