@@ -164,7 +164,7 @@ def inspect_checkpoint(path: Path, config: ModelConfig | None, values: bool) -> 
     robots = run.get("statistics", {})
     print(f"  statistics: {', '.join(name or 'one robot' for name in robots) or 'none, so a policy cannot run'}")
     for name in robots:
-        print(f"  {name or 'one robot'}: {describe(pick_robot(robots, name))}")
+        print(f"    {name or 'one robot'}: {describe(pick_robot(robots, name))}")
     for key in ("source", "instructions"):
         if run.get(key):
             print(f"  {key}: {str(run[key])[:100]}")
