@@ -10,7 +10,6 @@ release: absent frames are masked.
 import math
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from absl import flags
 from data_pipelines.caches.frame_cache import Frames
 from data_pipelines.caches.latent_cache import CachedLatents
 from data_pipelines.episodes import Episodes
-from data_pipelines.processes import WorkerError, ending, follow_parent
+from data_pipelines.processes import WorkerError, ending, follow_parent, out_of_reach_of_ctrl_c
 from data_pipelines.statistics import Statistics
 from data_pipelines.windows import WindowConfig, Windows
 
@@ -120,10 +119,9 @@ def make_loader(
 
 
 def _begin_worker(worker: int, workers: int) -> None:
-    """Runs first in a worker: it finds no accelerator to take, leaves Ctrl-C to the job, and ends when that does."""
+    """Runs first in a worker: it finds no accelerator to take, and ends when the job does."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     follow_parent()
 
 
@@ -131,11 +129,15 @@ class _OfWorkers(Iterator[Batch]):
     """Batches of worker processes, which end with this iterator. Raises WorkerError where one of them is gone."""
 
     def __init__(self, batches: grain.IterDataset) -> None:
-        self._batches = iter(batches)
+        self._dataset, self._batches = batches, None
 
     def __next__(self) -> Batch:
         try:
-            return next(self._batches)
+            if self._batches is not None:
+                return next(self._batches)
+            with out_of_reach_of_ctrl_c():  # the first batch starts the processes, in threads of its own
+                self._batches = iter(self._dataset)
+                return next(self._batches)
         except RuntimeError as error:
             found = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
             if found is None:
