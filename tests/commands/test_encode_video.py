@@ -127,7 +127,9 @@ def test_a_killed_job_goes_on(config: ConfigDict, tmp_path: Path) -> None:
     assert files(config) == whole
 
 
-def test_training_on_latents(config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_training_on_latents(
+    config: ConfigDict, single_device: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     config.train.steps = 2
     with pytest.raises(ValueError, match="holds 0 of 5 files of latents, .* ahawam encode-video"):
         train(config, tmp_path / "run")

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -50,14 +49,6 @@ def config(dataset: Path, cache: Path) -> ConfigDict:
     config.data.update(path=str(dataset), cache=str(cache / "frames"))
     config.mesh.update(data=1, fsdp=8)  # all of the virtual devices
     return config
-
-
-@pytest.fixture
-def one_device(config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which compiles in half the time."""
-    devices = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: devices)
-    config.mesh.update(data=1, fsdp=1)
 
 
 def start(dataset: Path, cache: Path, workdir: Path, *extra: str) -> subprocess.Popen:
@@ -194,7 +185,7 @@ def test_dataset_without_a_camera(config: ConfigDict, tmp_path: Path) -> None:
         train(config, tmp_path / "run")
 
 
-def test_a_head_camera_alone(config: ConfigDict, one_device: None, tmp_path: Path) -> None:
+def test_a_head_camera_alone(config: ConfigDict, single_device: None, tmp_path: Path) -> None:
     """Single-view robots: the same dataset trains and deploys without its wrists. Batches come from a process."""
     root = tiny_dataset.write_dataset(tmp_path / "dataset")
     info = json.loads((root / "meta/info.json").read_text())
@@ -202,6 +193,7 @@ def test_a_head_camera_alone(config: ConfigDict, one_device: None, tmp_path: Pat
         del info["features"][f"observation.images.{camera}"]
     (root / "meta/info.json").write_text(json.dumps(info))
     config.data.update(path=str(root), single_view=True, workers=1)
+    config.mesh.fsdp = 1
     config.train.steps = 1
     assert np.isfinite(train(config, tmp_path / "run"))
     policy = Policy.load(tmp_path / "run")
@@ -223,12 +215,13 @@ def subset(tmp_path: Path, *robots: str, **more: str) -> Path:
 
 
 def test_a_mixture_of_robots(
-    config: ConfigDict, one_device: None, tmp_path: Path, capsys: pytest.CaptureFixture
+    config: ConfigDict, single_device: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """From a subset file: statistics by robot, held-out episodes of each, one that does not fit skipped."""
     seven = 'path = "set0"\nweight = 1\nrobot = "c"\nlayout = "two_7dof_arms"\nif_unmappable = "skip"\n'
     config.data.path = str(subset(tmp_path, "a", "b", "b", unfit=seven))
     config.model.update(action_dim=14, state_dim=14)
+    config.mesh.fsdp = 1
     config.train.steps = 1
     config.data.normalization.action, config.data.clip = "left_gripper_open_scale=min-max", 1.0
     assert np.isfinite(train(config, tmp_path / "run"))
