@@ -211,13 +211,6 @@ def _age(descriptor: int, folder: Path) -> float:
         return os.fstat(now.fileno()).st_mtime - last
 
 
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
 def _start_of(process: int) -> str:
     """When a process of this machine began, "" if there is none: numbers are given again, times are not."""
     try:
