@@ -1,16 +1,19 @@
 """Graphs of the true size, with random weights, through ONNX to engines: what does it take?
 
-    python -m benchmarks.full_size_engines --graph executor --steps 2
+    python -m benchmarks.full_size_engines --graph planner
 
-Builds for an RTX 5090 D with TensorRT-RTX, in bfloat16 by default, and needs no GPU. Prints seconds, the peak of
-resident memory so far and the sizes. Peaks are four to five times the weights: 10 GiB for the executor and the router,
-and so about 45 for the planner, 1 for the VAE.
+Builds for an RTX 5090 D with TensorRT-RTX, in bfloat16 by default, and needs no GPU. Prints seconds, sizes, and the
+peaks of memory of each part: what the process holds itself, and beside it the pages of files that it has mapped, which
+the kernel drops where memory is short.
 """
 
 import argparse
-import resource
+import gc
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,6 +56,7 @@ def main() -> None:
     parser.add_argument("--graph", choices=GRAPHS, required=True)
     parser.add_argument("--steps", type=int, default=10, help="of the executor's loop (default 10)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--folder", type=Path, help="for the files, twice the weights (default: of the system)")
     options = parser.parse_args()
     config, trt, target = robotwin.get_config(), load_library("tensorrt_rtx"), TARGETS["rtx5090d"]
     sizes = Sizes(
@@ -60,24 +64,42 @@ def main() -> None:
     )
     print(f"{options.graph}, {options.dtype}, {options.steps} steps; torch {torch.__version__}, "
           f"{trt.__name__} {trt.__version__}")  # fmt: skip
-    print("| what | seconds | GiB | peak resident memory, GiB |\n|---|---|---|---|")
+    print("| what | seconds | GiB | own memory, GiB | mapped files, GiB |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        path, out = Path(name) / f"{options.graph}.onnx", Path(name) / f"{options.graph}.engine"
+        with row("random weights, ONNX", Path(name)):
+            module = random_module(options.graph, sizes, options.steps, config.objective.shift)
+            write_onnx(make_graph(options.graph, module, sizes), path)
+        del module
+        gc.collect()  # the exporter's objects refer to each other, and to the weights
+        with row("engine", out):
+            build_engine(trt, options.graph, path, out, target, options.dtype)
 
-    def row(what: str, began: float, size: int) -> None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"| {what} | {time.monotonic() - began:.0f} | {size / 2**30:.2f} | {peak:.1f} |", flush=True)
 
-    with tempfile.TemporaryDirectory() as folder:
-        began, path = time.monotonic(), Path(folder) / f"{options.graph}.onnx"
-        module = random_module(options.graph, sizes, options.steps, config.objective.shift)
-        weights = (*module.parameters(), *module.buffers())
-        row("random weights", began, sum(x.nbytes for x in weights))
-        began = time.monotonic()
-        write_onnx(make_graph(options.graph, module, sizes), path)
-        row("ONNX", began, sum(file.stat().st_size for file in Path(folder).iterdir()))
-        del module, weights
-        began = time.monotonic()
-        plan = build_engine(trt, options.graph, path, target, options.dtype)
-        row("engine", began, plan.nbytes)
+@contextmanager
+def row(what: str, made: Path) -> Iterator[None]:
+    """Prints what it took to make a file, or the files of a folder."""
+    began, peaks, done = time.monotonic(), [0.0, 0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peaks[:] = map(max, peaks, memory())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    yield
+    done.set()
+    watcher.join()
+    size = sum(file.stat().st_size for file in (made.iterdir() if made.is_dir() else [made]))
+    own, mapped = peaks
+    print(f"| {what} | {time.monotonic() - began:.0f} | {size / 2**30:.2f} | {own:.1f} | {mapped:.1f} |", flush=True)
+
+
+def memory() -> tuple[float, float]:
+    """Resident memory of this process in GiB: its own, and pages of mapped files."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    held = {line[0]: int(line[1]) / 2**20 for line in lines if line[0] in ("RssAnon:", "RssFile:")}
+    return held["RssAnon:"], held["RssFile:"]
 
 
 if __name__ == "__main__":

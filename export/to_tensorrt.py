@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 from absl import logging
 
@@ -83,9 +83,8 @@ def build(
         cache = partial / TIMING_CACHE if trt.__name__ == "tensorrt" else None
         for name in GRAPHS:
             with timed(f"{name}.engine", partial / engine_file(name), seconds, progress):
-                plan = build_engine(trt, name, partial / onnx_file(name), TARGETS[target], facts["dtype"], cache)
-                (partial / engine_file(name)).write_bytes(plan)
-                del plan
+                files = partial / onnx_file(name), partial / engine_file(name)
+                build_engine(trt, name, *files, TARGETS[target], facts["dtype"], cache)
         write_manifest(partial, facts | {"seconds": seconds})
     return out
 
@@ -123,13 +122,14 @@ def timed(name: str, path: Path, seconds: dict[str, float], progress: Progress) 
 
 
 def build_engine(
-    trt: ModuleType, name: str, path: Path, target: Target, dtype: str, cache: Path | None = None
-) -> memoryview:
-    """The engine of an ONNX file, serialised, for a target.
+    trt: ModuleType, name: str, path: Path, out: Path, target: Target, dtype: str, cache: Path | None = None
+) -> None:
+    """Builds the engine of an ONNX file for a target and writes it as `out`, piece by piece, so that it is never whole
+    in memory.
 
     The network is strongly typed: the dtypes are those of the file, so what is float32 in the twin stays so.
     cache: TensorRT's timing cache, read where it exists and written again. Raises ExportError that names the graph
-    and, where the parser refuses it, the node and its operator.
+    and, where the parser refuses it, the node and its operator, and OSError where `out` cannot be written.
     """
     logger = _logger(trt)
     builder = trt.Builder(logger)
@@ -152,12 +152,33 @@ def build_engine(
     if cache is not None:
         known = config.create_timing_cache(cache.read_bytes() if cache.exists() else b"")
         config.set_timing_cache(known, False)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
+    with out.open("wb") as file:
+        writer = _writer(trt, file)
+        built = builder.build_serialized_network_to_stream(network, config, writer)
+    if writer.error is not None:
+        raise writer.error
+    if not built:
         raise ExportError(f"{trt.__name__} {trt.__version__} cannot build the {name}: {logger.last}")
     if cache is not None:
         cache.write_bytes(config.get_timing_cache().serialize())
-    return memoryview(plan)
+
+
+def _writer(trt: ModuleType, file: BinaryIO) -> Any:
+    """Where the builder puts the pieces of an engine; keeps the error that the library would lose."""
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self) -> None:
+            super().__init__()
+            self.error: OSError | None = None
+
+        def write(self, data: Any) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                self.error = error
+                return 0
+
+    return Writer()
 
 
 def _logger(trt: ModuleType) -> Any:

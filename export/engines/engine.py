@@ -6,6 +6,7 @@ its folder's manifest says which, and `open_engines` refuses everything else bef
 
 import dataclasses
 import importlib
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -58,9 +59,10 @@ class Engines:
     manifest: dict[str, Any]
     trt: ModuleType  # TensorRT-RTX or TensorRT
 
-    def plan(self, graph: str) -> bytes:
-        """The serialised engine of a graph."""
-        return (self.folder / engine_file(graph)).read_bytes()
+    def plan(self, graph: str) -> mmap.mmap:
+        """The serialised engine of a graph, mapped: at full size the planner's is 8 GiB, which nobody need hold."""
+        with (self.folder / engine_file(graph)).open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def engine_file(graph: str) -> str:
@@ -151,7 +153,7 @@ def read_engine_manifest(folder: Path, hashes: bool) -> dict[str, Any]:
 class Engine:
     """One engine on the GPU, reading and writing device tensors at fixed addresses, so that a CUDA graph holds it."""
 
-    def __init__(self, library: ModuleType, plan: bytes, name: str):
+    def __init__(self, library: ModuleType, plan: bytes | mmap.mmap, name: str):
         """Raises ExportError where the library cannot load the engine on this GPU."""
         self.name = name
         self._logger = library.Logger(library.Logger.ERROR)

@@ -30,8 +30,9 @@ from export.twin.model import Executor
 
 GRAPHS = ("vae", "planner", "router", "executor")
 OPSET = 20  # the first with Gelu; TensorRT-RTX 1.7 parses all that the graphs need of it
-# A protobuf message ends at 2 GiB; beyond, weights lie in a file of their own. The rest is room for the nodes.
-LARGEST_FILE = 2**31 - 2**27
+# Beyond these bytes, weights lie in a file of their own: in a protobuf message, which ends at 2 GiB, they are copied
+# while it is written, to seven times their size in memory.
+LARGEST_FILE = 2**26
 SCOPES = "pkg.torch.onnx.name_scopes"  # which module made a node: how a block is found again in a file
 
 

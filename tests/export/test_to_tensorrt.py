@@ -49,8 +49,13 @@ def test_all_engines_are_built(built: Path, robotwin_export: Path) -> None:
 def test_engine_of_the_tower_without_weights(plain_export: Path, tmp_path: Path) -> None:
     write_onnx(make_graphs(load_export(plain_export))["vae"], tmp_path / "vae.onnx")
     for dtype in ("float32", "bfloat16"):
-        plan = build_engine(load_library(), "vae", tmp_path / "vae.onnx", TARGETS["rtx5090d"], dtype)
-        assert plan.nbytes > 10_000
+        out = tmp_path / f"{dtype}.engine"
+        build_engine(load_library(), "vae", tmp_path / "vae.onnx", out, TARGETS["rtx5090d"], dtype)
+        assert out.stat().st_size > 10_000
+    with pytest.raises(OSError) as caught:
+        full = Path("/dev/full")
+        build_engine(load_library(), "vae", tmp_path / "vae.onnx", full, TARGETS["rtx5090d"], "float32")
+    assert caught.value.errno == errno.ENOSPC
 
 
 def spoil(path: Path) -> str:
@@ -231,11 +236,11 @@ def test_an_export_is_no_folder_of_engines(robotwin_export: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- running
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_loading_without_a_gpu_is_a_sentence(float32_engines: Path) -> None:
+def test_loading_without_a_gpu_is_a_sentence(float32_engines: Path, robotwin_export: Path) -> None:
     """The library reads the engine as far as it can without a GPU; running one is for machines that have it."""
-    plan = (float32_engines / engine_file("router")).read_bytes()
+    engines = open_engines(float32_engines, source_of(robotwin_export), GPU)
     with pytest.raises(ExportError, match="cannot load the engine of the router on this machine"):
-        Engine(load_library("tensorrt_rtx"), plan, "router")
+        Engine(engines.trt, engines.plan("router"), "router")
 
 
 class FakeLibrary:
