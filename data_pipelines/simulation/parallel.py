@@ -6,6 +6,7 @@ main module, and JAX with it, into each of them.
 
 import contextlib
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -96,7 +97,8 @@ class ParallelSims:
         replies = []
         for (process, connection), request in zip(self._workers, requests, strict=True):
             with self._answering(process):
-                connection.send(request)
+                # Not `send`: of what it holds when the other end is gone, Python 3.12.1 frees memory that is in use.
+                connection.send_bytes(pickle.dumps(request))
         for process, connection in self._workers:
             with self._answering(process):
                 replies.append(connection.recv())
