@@ -24,7 +24,7 @@ CLIP = 5.0
 # A joint that never moves has std near 0; dividing by it would blow sensor noise up to huge inputs.
 STD_FLOOR = 1e-3
 TOLD = 0.01  # share of a number's range from which on a loss is worth a warning
-ROUNDING = 1e-6  # a number that varies by less, relative to its size, is constant up to float32
+ROUNDING = 1e-6  # a number that varies by less, relative to the largest of its vector, is constant up to float32
 NAMED = 6  # numbers described in a warning
 
 Scaling = Mapping[str, np.ndarray]  # of a state or action: mean, std, min, max, q01, q99, normalization, clip
@@ -160,8 +160,7 @@ def losses(kind: str, names: Sequence[str], stats: Scaling, ends: np.ndarray, sh
             f"keep commands with {_flag(kind, names, cut)}, long tails with a larger --config.data.clip (0 cuts "
             "nothing); only glitches are best cut."
         )
-    size = np.maximum(np.abs(ends).max(0), np.finfo(np.float64).tiny)
-    small = (stats["normalization"] == Z_SCORE) & (stats["std"] < STD_FLOOR) & (span > ROUNDING * size)
+    small = (stats["normalization"] == Z_SCORE) & (stats["std"] < STD_FLOOR) & (span > ROUNDING * np.abs(ends).max())
     if small.any():
         places = np.flatnonzero(small).tolist()
         told = [f"{label(names, d)} by {stats['std'][d]:.2g}" for d in places[:NAMED]]

@@ -117,6 +117,8 @@ def test_small_numbers() -> None:
     assert told("state", JOINTS, stats_of(rows, "min-max"), rows) == []
     still = np.array([0.7, np.nextafter(np.float32(0.7), np.float32(1))] * 50, np.float32)[:, None]
     assert told("state", JOINTS, stats_of(still), still) == []  # rounding is no signal
+    solver = np.stack([np.linspace(-1e-8, 1e-8, 100), np.linspace(-1, 1, 100)], 1).astype(np.float32)
+    assert told("action", (), stats_of(solver), solver) == []  # nor is what a solver leaves of a joint at rest
 
 
 def test_spans_and_mixed_rules() -> None:
