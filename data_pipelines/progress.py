@@ -83,12 +83,17 @@ class Progress:
         """`count` more units are done. note: what they were, or a number to watch."""
         self.done += count
         rate, last = (self.done - self._first) / max(self.seconds, 1e-9), self.done >= self.total
-        parts = [f"{self.done / self.scale:.5g} of {self.total / self.scale:.5g} {self.unit}"]
+        parts = [f"{_number(self.done / self.scale)} of {_number(self.total / self.scale)} {self.unit}"]
         if rate:
             when = f"took {clock(self.seconds)}" if last else f"ETA {clock((self.total - self.done) / rate)}"
-            parts += [f"{rate / self.scale:.3g} per second", when]
+            parts += [f"{_number(rate / self.scale)} per second", when]
         parts += [note] if note else []
         self._line.show(f"  {', '.join(parts)}", last)
+
+
+def _number(x: float) -> str:
+    """Three digits, or all in front of the point: 0.531, 12, 31,000."""
+    return f"{x:,.0f}" if x >= 100 or x == round(x) else f"{x:.3g}"
 
 
 def clock(seconds: float) -> str:

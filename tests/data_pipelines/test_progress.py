@@ -74,6 +74,13 @@ def test_a_job_that_goes_on_counts_its_own_rate(time: Clock, capsys: pytest.Capt
     assert capsys.readouterr().out == "  3 of 4 GiB, 0.1 per second, ETA 0:00:10, kernel\n"
 
 
+def test_large_numbers_are_written_out(time: Clock, capsys: pytest.CaptureFixture) -> None:
+    job = Progress(31_000, "rows")
+    time.now += 15.3
+    job.add("", 31_000)
+    assert capsys.readouterr().out == "  31,000 of 31,000 rows, 2,026 per second, took 0:00:15\n"
+
+
 def test_a_terminal_shows_one_line(time: Clock, terminal: Terminal) -> None:
     job = Progress(3, "rows", stream=terminal.stream)
     for _ in range(3):
