@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         print(
             f"error: ahawam {name} needs the package {error.name}, which is not installed; "
-            f"pip install 'ahawam-jax[{command.extra}]', or make test's environment, brings it.",
+            f"pip install 'ahawam-jax[{command.extra}]' or make install-dev brings it.",
             file=sys.stderr,
         )
         return 1
