@@ -81,10 +81,10 @@ def compare(source: Path, exported: Path) -> None:
 
 
 def timed(label: str, *command: str) -> tuple[str, float, float]:
-    """Runs a command; (label, minutes, GiB of resident memory at its peak)."""
+    """Runs a command of `ahawam`; (label, minutes, GiB of resident memory at its peak)."""
     print(f"\n{label}: {' '.join(command)}", flush=True)
     began = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", *command])
+    process = subprocess.Popen([sys.executable, "-m", "ahawam_jax", *command])
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"error: {label} ended with status {status}.")
