@@ -81,10 +81,10 @@ def compare(source: Path, exported: Path) -> None:
 
 
 def timed(label: str, *command: str) -> tuple[str, float, float]:
-    """Runs a command of `ahawam`; (label, minutes, GiB of resident memory at its peak)."""
+    """Runs a module; (label, minutes, GiB of resident memory at its peak)."""
     print(f"\n{label}: {' '.join(command)}", flush=True)
     began = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "ahawam_jax", *command])
+    process = subprocess.Popen([sys.executable, "-m", *command])
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"error: {label} ended with status {status}.")
@@ -108,15 +108,15 @@ def main() -> None:
     this = ("benchmarks.full_size_weights", "--folder", str(options.folder), "--only")
     steps = [
         timed("write", *this, "write"),
-        timed("inspect", "inspect", str(source), "--config=configs/robotwin.py"),
-        timed("import", "import-weights", "--config=configs/robotwin.py", "--nomemory_anchor", f"--source={source}",
-              f"--workdir={workdir}", f"--statistics={statistics}", "--config.towers.video=block_transform",
-              "--config.towers.text=hashed_words"),
-        timed("export", "export-weights", str(workdir), str(exported)),
+        timed("inspect", "ahawam_jax", "inspect", str(source), "--config=configs/robotwin.py"),
+        timed("import", "ahawam_jax", "import-weights", "--config=configs/robotwin.py", "--nomemory_anchor",
+              f"--source={source}", f"--workdir={workdir}", f"--statistics={statistics}",
+              "--config.towers.video=block_transform", "--config.towers.text=hashed_words"),
+        timed("export", "ahawam_jax", "export-weights", str(workdir), str(exported)),
         timed("compare", *this, "compare"),
     ]  # fmt: skip
     exported.unlink()  # its room is needed
-    steps.append(timed("to_torch", "to-torch", str(workdir), "--out", str(deployed)))
+    steps.append(timed("to_torch", "ahawam_jax", "to-torch", str(workdir), "--out", str(deployed)))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(
         f"\n{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}, "
