@@ -44,6 +44,7 @@ DATA = {
     "files": set(),
     "normalization": {"episodes"},
     "canvas": set(),
+    "embodiment": {"episodes"},
     "readers": {"episodes", "tfds", "disk", "paths", "files"},
     "caches": {"episodes", "canvas", "progress", "disk", "ownership", "processes", "paths", "files"},
     "statistics": {"episodes", "normalization", "disk", "paths", "files"},
