@@ -24,7 +24,9 @@ class Episodes(Protocol):
     robot: type of the robot as recorded, "" where it is not.  fps: rows per second as labelled.
     cameras: short name ("cam_high") -> (height, width) in pixels.
     lengths: int64 [E] rows per episode.  starts: int64 [E] dataset row of each episode's first row.
-    state_dim, action_dim: widths p and d.  state_names, action_names: one per number, () where not recorded.
+    state_dim, action_dim: widths p and d.  state_names, action_names: one per number, () where not recorded, and
+    "" for single ones that are not.  state_present, action_present: bool [p] and [d], which numbers the robot has; the
+    others, of a layout that holds several robots, are 0.
     instructions: the distinct instructions.
     All methods raise DatasetError where the files do not hold what the metadata says.
     """
@@ -39,6 +41,8 @@ class Episodes(Protocol):
     action_dim: int
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
+    state_present: np.ndarray
+    action_present: np.ndarray
     instructions: list[str]
 
     def states(self, episode: int) -> np.ndarray:

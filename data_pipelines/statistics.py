@@ -124,7 +124,8 @@ def compute_by_robot(datasets: Iterable[Episodes], how: Normalization = RELEASED
             if _meaning(other) != _meaning(first):
                 raise DatasetError(
                     f"{other.root} and {first.root} are both of the robot {robot!r}, but their states or actions "
-                    "differ in width or names; map them to one layout or name the robots apart."
+                    "differ in width, names or which numbers are there; map them to one layout or name the robots "
+                    "apart."
                 )
     return {robot: _compute(group, how) for robot, group in groups.items()}
 
@@ -249,7 +250,8 @@ def _as_released(kind: str, values: dict[str, np.ndarray]) -> dict[str, np.ndarr
 
 
 def _meaning(dataset: Episodes) -> tuple:
-    return dataset.state_dim, dataset.action_dim, dataset.state_names, dataset.action_names
+    present = (tuple(x.tolist()) for x in (dataset.state_present, dataset.action_present))
+    return dataset.state_dim, dataset.action_dim, dataset.state_names, dataset.action_names, *present
 
 
 def _by_robot(datasets: Iterable[Episodes]) -> dict[str, list[Episodes]]:

@@ -134,6 +134,7 @@ class Windows:
         observations uint8 [B, C, H, W_, 3] at rows delta + chunk k;
         action float32 [B, N, d], proprio float32 [B, N, p] (state of the same rows), action_is_pad bool
         [B, N]: rows 0..N-1 of the window, the trained ones are [delta, delta + horizon);
+        action_present bool [B, d]: the numbers that the robot has, the others are 0;
         action_offset int32 [B] = delta;
         history uint8 [B, W, H, W_, 3] oldest first, right-aligned, zeros where there is none;
         video_history_valid_len int32 [B]; video_history_frame_indices int32 [B, W] and
@@ -175,6 +176,7 @@ class Windows:
             "image_is_pad": video > last,
             "action": action,
             "action_is_pad": rows > last,
+            "action_present": np.tile(self._dataset.action_present, (len(index), 1)),
             "proprio": state,
             "action_offset": delta.astype(np.int32),
             "video_history_valid_len": (history >= 0).sum(1).astype(np.int32),

@@ -45,7 +45,7 @@ DATA = {
     "normalization": {"episodes"},
     "canvas": set(),
     "embodiment": {"episodes"},
-    "readers": {"episodes", "tfds", "disk", "paths", "files"},
+    "readers": {"episodes", "embodiment", "canvas", "tfds", "disk", "paths", "files"},
     "caches": {"episodes", "canvas", "progress", "disk", "ownership", "processes", "paths", "files"},
     "statistics": {"episodes", "normalization", "disk", "paths", "files"},
     "fingerprint": {"episodes", "readers"},

@@ -9,7 +9,7 @@ import time
 
 from data_pipelines.episodes import DatasetError
 from data_pipelines.paths import local_path
-from data_pipelines.readers.robocoin import UnmappableError
+from data_pipelines.readers.naming import UnmappableError
 from data_pipelines.readers.subset import is_name, load_subset
 from data_pipelines.tfds.builder import ENCODINGS, Folder, Source
 from data_pipelines.tfds.convert import Conversion, convert, plan

@@ -21,7 +21,7 @@ from data_pipelines.episodes import Episodes
 from data_pipelines.fingerprint import changes, describe, hold_out, pair
 from data_pipelines.loader import Source, instructions
 from data_pipelines.normalization import Normalization
-from data_pipelines.readers.subset import open_datasets
+from data_pipelines.readers.subset import Part, embodiment_of, open_datasets
 from data_pipelines.statistics import Statistics, compute_by_robot, pick_robot, to_lists
 from data_pipelines.windows import WindowConfig
 
@@ -79,6 +79,7 @@ def open_data(
     record = _record(described, tokens, mark, before, accepted)
     statistics = _statistics([part.dataset for part in parts], config, before)
     record["statistics"] = to_lists(statistics)
+    record["robots"] = _embodiments(parts)
 
     train, validation = [], []
     for part, of_part in zip(parts, described, strict=True):
@@ -123,6 +124,23 @@ def _statistics(datasets: list[Episodes], config: ConfigDict, before: Record | N
     kept = {robot: pick_robot(before["statistics"], robot) for robot in before["statistics"]} if before else {}
     how = Normalization(**config.data.normalization, clip=config.data.clip)
     return kept | compute_by_robot([dataset for dataset in datasets if dataset.robot not in kept], how)
+
+
+def _embodiments(parts: list[Part]) -> dict[str, list[Record]]:
+    """{robot: its own vectors and the datasets that are recorded so}, of those whose numbers were mapped."""
+    found: dict[str, list[Record]] = {}
+    for part in parts:
+        embodiment = embodiment_of(part.dataset)
+        if embodiment is None:
+            continue
+        ways, record = found.setdefault(part.dataset.robot, []), embodiment.to_json()
+        for way in ways:
+            if record.items() <= way.items():
+                way["datasets"].append(part.name)
+                break
+        else:
+            ways.append({"datasets": [part.name], **record})
+    return found
 
 
 def _sum(tokens: np.ndarray, mask: np.ndarray) -> int:

@@ -35,8 +35,8 @@ from data_pipelines.normalization import CLIP
 from data_pipelines.progress import Progress, finish_line
 from data_pipelines.readers.base import Reader
 from data_pipelines.readers.lerobot import LeRobotV21, LeRobotV30
+from data_pipelines.readers.naming import UnmappableError
 from data_pipelines.readers.opening import open_episodes
-from data_pipelines.readers.robocoin import UnmappableError
 from data_pipelines.readers.robotwin import RobotwinClassic, RobotwinXPolicyLab
 from data_pipelines.readers.subset import Part, as_recorded, check_parts, load_subset
 from data_pipelines.tfds.episodes import Converted

@@ -50,6 +50,16 @@ class Reader(Episodes):
 
     unusable: Mapping[str, str] = MappingProxyType({})
 
+    @property
+    def state_present(self) -> np.ndarray:
+        """All of them: a recording holds the numbers of one robot."""
+        return np.ones(self.state_dim, bool)
+
+    @property
+    def action_present(self) -> np.ndarray:
+        """See `state_present`."""
+        return np.ones(self.action_dim, bool)
+
     @abstractmethod
     def _read_rows(self, episode: int) -> Rows:
         """The episode's rows as they are on disk, of the promised number and widths."""

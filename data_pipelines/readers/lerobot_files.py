@@ -76,14 +76,19 @@ def vector(features: dict, keys: Sequence[str], path: Path) -> tuple[str, int, t
 
 
 def _names(names: Any, width: int) -> tuple[str, ...]:
-    """Names of a vector's numbers; () where info.json names none, or the axis as a whole."""
+    """Names of a vector's numbers; () where info.json names none, or the axis as a whole.
+
+    Names that are too few are those of the first numbers; the others have none.
+    """
     # Older versions wrap the list: {"motors": [...]} or [[...]].
     if isinstance(names, dict) and len(names) == 1:
         names = list(names.values())
     if isinstance(names, list) and len(names) == 1 and isinstance(names[0], list):
         names = names[0]
-    whole = isinstance(names, list) and len(names) == width and all(isinstance(name, str) for name in names)
-    return tuple(names) if whole else ()
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not listed or not (len(names) == width or 1 < len(names) < width):
+        return ()
+    return (*names, *[""] * (width - len(names)))
 
 
 def cameras(features: dict, path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:

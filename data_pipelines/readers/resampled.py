@@ -37,6 +37,7 @@ class Resampled(Episodes):
         self.instructions = source.instructions
         self.state_dim, self.action_dim = source.state_dim, source.action_dim
         self.state_names, self.action_names = source.state_names, source.action_names
+        self.state_present, self.action_present = source.state_present, source.action_present
         self.lengths = np.array([len(self._rows(episode)) for episode in range(len(source.lengths))], np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths
 

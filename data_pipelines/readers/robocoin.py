@@ -1,12 +1,10 @@
 """RoboCOIN: many robots brought to one vector and three views.
 
 A RoboCOIN dataset is LeRobot v2.1, one folder per robot and task. Which number is which joint, and how the cameras
-are called, varies by robot: both are mapped by name, never by place.
+are called, varies by robot: both are mapped by name, never by place; see robots.toml.
 """
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -14,125 +12,71 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipelines.canvas import CAMERAS, HEAD
+from data_pipelines.embodiment import Embodiment, Vector
 from data_pipelines.episodes import DatasetError, Episodes
 from data_pipelines.files import read_json, read_json_lines
+from data_pipelines.readers.layouts import Layout, default_layout, is_gripper
 from data_pipelines.readers.lerobot import LeRobotV21
 from data_pipelines.readers.lerobot_files import AGAIN, INFO
+from data_pipelines.readers.naming import AS_NAMED, KINDS, SIDES, Reading, UnmappableError, find_cameras, reading_of
 from data_pipelines.readers.opening import open_episodes
 
 SUBTASKS = "annotations/subtask_annotations.jsonl"
 SUBTASK_COLUMN = "subtask_annotation"
-JOINT = re.compile(r"(left|right)_(arm_joint_\d+_rad|gripper_open_scale)")
-UNITS = {"_rad": "rad", "_open_scale": "0 closed .. 1 open"}  # by the end of a number's name
-
-
-class UnmappableError(DatasetError):
-    """A robot or its cameras do not fit the layout; the subset file may say to skip such a dataset."""
-
-
-# ---------------------------------------------------------------- vectors
-def unit_of(name: str) -> str:
-    """Unit of a number in a vector, "" where its name does not tell."""
-    return next((unit for end, unit in UNITS.items() if name.endswith(end)), "")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A vector of joints in fixed order, the same for every robot mapped to it.
-
-    names: one per number, as RoboCOIN writes them in info.json.
-    """
-
-    names: tuple[str, ...]
-
-    @property
-    def units(self) -> tuple[str, ...]:
-        """What each number is measured in."""
-        return tuple(unit_of(name) for name in self.names)
-
-    def places(self, names: Sequence[str], where: str) -> np.ndarray:
-        """Where in a robot's vector with these names the layout's numbers are, int64 [len(self.names)].
-
-        `where` begins the sentence of an UnmappableError: the robot lacks a joint, names it twice, or has one more.
-        Numbers that are no joints (poses of the hands) are left out.
-        """
-        missing = [name for name in self.names if name not in names]
-        twice = sorted({name for name in self.names if names.count(name) > 1})
-        extra = [name for name in names if JOINT.fullmatch(name) and name not in self.names]
-        for problem, found in (("lacks", missing), ("names twice", twice), ("has beyond the layout", extra)):
-            if found:
-                raise UnmappableError(
-                    f"{where} {problem} {', '.join(found)}; its names are {', '.join(names) or 'not recorded'}. "
-                    f'Choose another layout ({", ".join(LAYOUTS)}) or set if_unmappable = "skip" in the subset file.'
-                )
-        return np.array([names.index(name) for name in self.names])
-
-
-def _two_arms(joints: int) -> Layout:
-    return Layout(
-        tuple(
-            f"{side}_{what}"
-            for side in ("left", "right")
-            for what in (*(f"arm_joint_{n}_rad" for n in range(1, joints + 1)), "gripper_open_scale")
-        )
-    )
-
-
-LAYOUTS = {"two_6dof_arms": _two_arms(6), "two_7dof_arms": _two_arms(7)}
-
-# ---------------------------------------------------------------- cameras
-# What recordings call the three views. Of a head with two lenses the left one counts.
-CAMERAS = {
-    "cam_high": (
-        "cam_high", "cam_high_rgb", "cam_head_rgb", "cam_head_left_rgb", "cam_front_head_rgb", "cam_high_left_rgb",
-    ),
-    "cam_left_wrist": ("cam_left_wrist", "cam_left_wrist_rgb"),
-    "cam_right_wrist": ("cam_right_wrist", "cam_right_wrist_rgb"),
-}  # fmt: skip
-
-
-def find_cameras(recorded: Sequence[str], where: str) -> dict[str, str]:
-    """{view: recorded camera} for all three views. Raises UnmappableError unless each has exactly one candidate."""
-    chosen = {}
-    for view, known in CAMERAS.items():
-        found = [name for name in recorded if name in known]
-        if len(found) != 1:
-            raise UnmappableError(
-                f"{where} has {' and '.join(found) or 'no known camera'} for {view} among its cameras "
-                f"{', '.join(recorded) or '(none)'}; name the views to use in the subset file, as in "
-                f'cameras = {{ {view} = "..." }}.'
-            )
-        chosen[view] = found[0]
-    return chosen
+NOTHING = {"null", "end", "static", ""}  # subtasks that mean none
+BAD = {"abnormal", "discard"}  # subtasks that mark rows nobody should learn from
+NO_CAMERA = (2, 2)  # height and width of the black pictures in place of a camera that a robot has not
 
 
 # ---------------------------------------------------------------- datasets
 class RoboCoin(LeRobotV21):
-    """A RoboCOIN dataset with its annotation of subtasks."""
+    """A RoboCOIN dataset with its annotation of subtasks.
+
+    The column subtask_annotation holds five numbers per row, -1 for an unused one; each is the subtask_index of a line
+    of annotations/subtask_annotations.jsonl, {"subtask_index": 3, "subtask": "Lift the cup"}. What RoboCOIN does not
+    define is assumed by its words: NOTHING are texts that stand for no subtask, BAD those that mark rows to leave out.
+    """
 
     @cached_property
-    def _subtasks(self) -> dict[int, str]:
+    def _of_number(self) -> dict[int, str]:
         return _read_subtasks(self.root / SUBTASKS)
 
     def subtasks(self, episode: int) -> list[str]:
-        """What the robot is doing in each row, "" where nothing is annotated; several at a time are joined by "; ".
+        """What the robot is doing in each row, "" where nothing is annotated; several at a time are joined by "; "."""
+        texts = {number: "" if _word(text) in NOTHING else text for number, text in self._of_number.items()}
+        return ["; ".join(dict.fromkeys(filter(None, map(texts.get, row)))) for row in self._annotated(episode)]
 
-        The column subtask_annotation holds five numbers per row, -1 for an unused one; each is the subtask_index of
-        a line of annotations/subtask_annotations.jsonl, {"subtask_index": 3, "subtask": "Lift the cup"}. Assumed
-        here, since RoboCOIN does not define it: the subtask "null" means that there is none.
-        """
+    def bad_rows(self, episode: int) -> np.ndarray:
+        """Which rows are marked as nothing to learn from, bool [T]."""
+        bad = {number for number, text in self._of_number.items() if _word(text) in BAD}
+        if not bad:
+            return np.zeros(self.lengths[episode], bool)
+        return np.array([not bad.isdisjoint(row) for row in self._annotated(episode)])
+
+    def _annotated(self, episode: int) -> list[list[int]]:
+        """Numbers of the subtasks of each row."""
         path = self._data_path(episode)
         try:
-            column = pq.read_table(path, columns=[SUBTASK_COLUMN])[SUBTASK_COLUMN].to_pylist()
-            return ["; ".join(dict.fromkeys(filter(None, map(self._subtask, row)))) for row in column]
+            rows = pq.read_table(path, columns=[SUBTASK_COLUMN])[SUBTASK_COLUMN].to_pylist()
+            found = [[number for number in row if number != -1] for row in rows]
+            unknown = {number for row in found for number in row} - self._of_number.keys()
         except (pa.ArrowException, OSError, KeyError, TypeError) as error:
-            raise DatasetError(
-                f"{path}: every row of {SUBTASK_COLUMN} must hold numbers listed in {self.root / SUBTASKS}, or -1 "
-                f"({error!r}); copy the dataset again."
-            ) from error
+            raise DatasetError(_unreadable(path, self.root, repr(error))) from error
+        if unknown:
+            raise DatasetError(_unreadable(path, self.root, f"found {', '.join(map(str, unknown))}"))
+        return found
 
-    def _subtask(self, number: int) -> str:
-        return "" if number == -1 else self._subtasks[number]
+
+def _word(text: str) -> str:
+    return text.strip().strip(".").casefold()
+
+
+def _unreadable(path: Path, root: Path, why: str) -> str:
+    return (
+        f"{path}: every row of {SUBTASK_COLUMN} must hold numbers listed in {root / SUBTASKS}, or -1 ({why}); copy "
+        "the dataset again."
+    )
 
 
 def open_robocoin(root: str | Path) -> Episodes:
@@ -149,32 +93,63 @@ def subtasks(dataset: Episodes, episode: int) -> list[str]:
     return read(episode) if read else [""] * int(dataset.lengths[episode])
 
 
-class Mapped(Episodes):
-    """Another dataset with its vectors in a layout's order and its cameras under the names of the views.
+def bad_rows(dataset: Episodes, episode: int) -> np.ndarray:
+    """Which rows of any dataset are marked as nothing to learn from, bool [T]; none where nothing was annotated."""
+    read = getattr(dataset, "bad_rows", None)
+    return read(episode) if read else np.zeros(dataset.lengths[episode], bool)
 
-    source: the dataset that is mapped.  cameras: {view: camera of the source}, by default `find_cameras`; kept as
-    `views`.  robot: name of the embodiment.
-    Raises UnmappableError where the source does not fit, DatasetError where it lacks a camera of `cameras`.
+
+def _has_gripper(layout: Layout, vector: Vector) -> bool:
+    return any(has and is_gripper(name) for name, has in zip(layout.names, vector.present, strict=True))
+
+
+class Mapped(Episodes):
+    """Another dataset with its vectors in a layout's order and units, and its cameras under the names of the views.
+
+    source: the dataset that is mapped.  layout: None for `default_layout`.  robot: name of the embodiment.  said: what
+    a subset file says of it; the table robots.toml, by the recorded type of the robot, says the rest.
+    Numbers that the robot has not are 0, views that it has no camera for, `embodiment.absent`, are black; `views` are
+    {view: camera of the source} of the others.
+    Raises UnmappableError where the source does not fit, DatasetError where it lacks a camera that is named.
     """
 
-    def __init__(self, source: Episodes, layout: Layout, robot: str, cameras: Mapping[str, str] | None = None) -> None:
+    def __init__(self, source: Episodes, layout: Layout | None, robot: str, said: Reading = Reading()) -> None:  # noqa: B008
         where = f"{source.root} (robot {robot!r})"
-        self.source = source
-        self._state = layout.places(source.state_names, f"{where}: the state")
-        self._action = layout.places(source.action_names, f"{where}: the action")
-        self.views = dict(cameras) if cameras is not None else find_cameras(list(source.cameras), where)
+        said = said.over(reading_of(source.robot))
+        names = {kind: getattr(source, f"{kind}_names") for kind in KINDS}
+        layout = layout or default_layout(list(names.values()))
+        unit = said.gripper or AS_NAMED
+        vectors = {
+            kind: layout.vector(
+                names[kind],
+                getattr(said, kind),
+                dict(zip(SIDES, getattr(unit, kind), strict=True)),
+                f"{where}: the {kind}",
+            )
+            for kind in KINDS
+        }
+        if said.doubtful and not said.gripper and any(_has_gripper(layout, vectors[kind]) for kind in KINDS):
+            raise UnmappableError(
+                f"{where}: {said.doubtful}. Look at its films and write what is recorded closed and open into the "
+                f"subset file, as in gripper = {{ closed = 1.0, open = 0.0 }}."
+            )
+        self.views = dict(said.cameras) if said.cameras is not None else find_cameras(source.cameras, where)
         source.require_cameras(list(self.views.values()))
-        self.root, self.robot, self.fps, self.layout = source.root, robot, source.fps, layout
+        absent = tuple(view for view in CAMERAS if view not in self.views)
+        self.source, self.layout = source, layout
+        self.embodiment = Embodiment(vectors["state"], vectors["action"], absent)
+        self.root, self.robot, self.fps = source.root, robot, source.fps
         self.lengths, self.starts, self.instructions = source.lengths, source.starts, source.instructions
-        self.cameras = {view: source.cameras[camera] for view, camera in self.views.items()}
+        self.cameras = dict.fromkeys(CAMERAS, NO_CAMERA) | {v: source.cameras[c] for v, c in self.views.items()}
         self.state_names = self.action_names = layout.names
         self.state_dim = self.action_dim = len(layout.names)
+        self.state_present, self.action_present = vectors["state"].present, vectors["action"].present
 
     def states(self, episode: int) -> np.ndarray:
-        return self.source.states(episode)[:, self._state]
+        return self.embodiment.state.to_layout(self.source.states(episode))
 
     def actions(self, episode: int) -> np.ndarray:
-        return self.source.actions(episode)[:, self._action]
+        return self.embodiment.action.to_layout(self.source.actions(episode))
 
     def timestamps(self, episode: int) -> np.ndarray:
         return self.source.timestamps(episode)
@@ -189,11 +164,19 @@ class Mapped(Episodes):
         """See `subtasks`."""
         return subtasks(self.source, episode)
 
+    def bad_rows(self, episode: int) -> np.ndarray:
+        """See `bad_rows`."""
+        return bad_rows(self.source, episode)
+
     def frames(self, episode: int, camera: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         self.require_cameras([camera])
+        if camera in self.embodiment.absent:
+            return np.zeros((len(indices), *NO_CAMERA, 3), np.uint8)
         return self.source.frames(episode, self.views[camera], indices)
 
     def picture_file(self, episode: int, camera: str) -> tuple[Path, str]:
+        if camera in self.embodiment.absent:
+            return self.source.picture_file(episode, self.views[HEAD])[0], "no camera, black"
         return self.source.picture_file(episode, self.views[camera])
 
     def require_cameras(self, names: Sequence[str]) -> None:
@@ -206,7 +189,7 @@ class Mapped(Episodes):
 
 
 def _read_subtasks(path: Path) -> dict[int, str]:
-    """{subtask_index: text}, "" for the subtask "null"."""
+    """{subtask_index: text}."""
     found: dict[int, str] = {}
     for where, record in read_json_lines(path, DatasetError, AGAIN):
         index, text = record.get("subtask_index"), record.get("subtask")
@@ -214,5 +197,5 @@ def _read_subtasks(path: Path) -> dict[int, str]:
             raise DatasetError(
                 f'{where} must be {{"subtask_index": a number, "subtask": "a text"}}, each number once; {AGAIN}.'
             )
-        found[index] = "" if text == "null" else text
+        found[index] = text
     return found

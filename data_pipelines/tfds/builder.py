@@ -11,7 +11,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from data_pipelines.episodes import Episodes
-from data_pipelines.readers.robocoin import open_robocoin, subtasks, unit_of
+from data_pipelines.readers.layouts import unit_of
+from data_pipelines.readers.robocoin import open_robocoin, subtasks
 from data_pipelines.readers.subset import Entry
 from data_pipelines.tfds.layout import NAME, SPLIT, VERSION
 

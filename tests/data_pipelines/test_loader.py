@@ -241,7 +241,7 @@ def test_a_hundred_million_windows_cost_nothing() -> None:
     lengths = np.full(250_000, 400)
     huge = SimpleNamespace(
         root=Path("huge"), lengths=lengths, starts=np.cumsum(lengths) - lengths, state_dim=1, action_dim=1,
-        instructions=["wait"], instruction_index=lambda episode: 0,
+        action_present=np.ones(1, bool), instructions=["wait"], instruction_index=lambda episode: 0,
         states=lambda episode: np.full((400, 1), episode, np.float32), actions=lambda episode: np.zeros((400, 1)),
     )  # fmt: skip
 

@@ -243,7 +243,8 @@ def recording(robot: str, *actions: np.ndarray) -> SimpleNamespace:
     states = [np.cos(np.arange(len(x))[:, None] + [1, 2, 3]) for x in actions]
     return SimpleNamespace(
         root=Path(robot), robot=robot, lengths=np.array([len(x) for x in actions]), state_dim=3, action_dim=3,
-        state_names=JOINTS, action_names=JOINTS, states=states.__getitem__, actions=actions.__getitem__,
+        state_names=JOINTS, action_names=JOINTS, state_present=np.ones(3, bool), action_present=np.ones(3, bool),
+        states=states.__getitem__, actions=actions.__getitem__,
     )  # fmt: skip
 
 

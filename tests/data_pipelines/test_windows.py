@@ -60,6 +60,7 @@ def slow_window(
     w["action"] = [dataset.actions(episode)[row(r)] for r in rows]
     w["proprio"] = [dataset.states(episode)[row(r)] for r in rows]
     w["action_is_pad"] = [r >= length for r in rows]
+    w["action_present"] = [True] * dataset.action_dim
     past = [start - c.history_stride * j for j in range(c.history_frames, 0, -1)]
     past = [r for r in past if r >= 0]
     if c.memory_anchor and start > 0 and 0 not in past:
@@ -103,6 +104,7 @@ def test_released_shapes_and_types(dataset: Episodes, frames: np.ndarray) -> Non
         "observations": ((4, *canvas), np.uint8),
         "action": ((64, d), np.float32),
         "action_is_pad": ((64,), np.bool_),
+        "action_present": ((d,), np.bool_),
         "proprio": ((64, p), np.float32),
         "action_offset": ((), np.int32),
         "history": ((6, *canvas), np.uint8),

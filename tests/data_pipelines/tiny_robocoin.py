@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.readers.robocoin import LAYOUTS
+from data_pipelines.readers.layouts import LAYOUTS
 from tests.data_pipelines import tiny_dataset as tiny
 
 # Both grippers last, and a pose that is no joint.

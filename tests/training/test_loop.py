@@ -20,7 +20,7 @@ from ahawam_jax.training.loop import Log, _StopFlag, train
 from data_pipelines.disk import DiskError
 from data_pipelines.normalization import Normalization
 from data_pipelines.ownership import OwnedError, owned
-from data_pipelines.readers.robocoin import LAYOUTS
+from data_pipelines.readers.layouts import LAYOUTS
 from data_pipelines.readers.subset import load_subset, open_subset
 from data_pipelines.statistics import compute_by_robot
 from tests.conftest import ONE_DEVICE, REPOSITORY
@@ -202,6 +202,13 @@ def test_a_head_camera_alone(config: ConfigDict, single_device: None, tmp_path: 
     assert actions.shape == (1, 4, 3)
 
 
+# One that lacks a number of its layout.
+UNFIT = (
+    'path = "set0"\nweight = 1\nrobot = "c"\nlayout = "two_6dof_arms"\n'
+    'state = { left_gripper_open_scale = "" }\nif_unmappable = "skip"\n'
+)
+
+
 def subset(tmp_path: Path, *robots: str, **more: str) -> Path:
     """A subset file of RoboCOIN datasets, one per robot name, the last with if_unmappable = skip."""
     text = ""
@@ -218,8 +225,7 @@ def test_a_mixture_of_robots(
     config: ConfigDict, single_device: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """From a subset file: statistics by robot, held-out episodes of each, one that does not fit skipped."""
-    seven = 'path = "set0"\nweight = 1\nrobot = "c"\nlayout = "two_7dof_arms"\nif_unmappable = "skip"\n'
-    config.data.path = str(subset(tmp_path, "a", "b", "b", unfit=seven))
+    config.data.path = str(subset(tmp_path, "a", "b", "b", unfit=UNFIT))
     config.model.update(action_dim=14, state_dim=14)
     config.mesh.fsdp = 1
     config.train.steps = 1
@@ -227,7 +233,7 @@ def test_a_mixture_of_robots(
     assert np.isfinite(train(config, tmp_path / "run"))
     out = capsys.readouterr().out
     assert "warning: robot 'b': Normalised, the action is cut at 1: " in out
-    assert "skipping unfit: " in out and "lacks left_arm_joint_7_rad" in out and "9 episodes of 3 datasets" in out
+    assert "skipping unfit: " in out and "lacks left_gripper_open_scale" in out and "9 episodes of 3 datasets" in out
     with pytest.raises(ValueError, match="statistics of the robots 'a', 'b', none was chosen; name one of them"):
         Policy.load(tmp_path / "run")
     with pytest.raises(ValueError, match="not of 'c'"):
@@ -244,8 +250,7 @@ def test_a_mixture_of_robots(
 
 
 def test_a_mixture_that_skips_everything(config: ConfigDict, tmp_path: Path) -> None:
-    seven = 'path = "set0"\nweight = 1\nrobot = "c"\nlayout = "two_7dof_arms"\nif_unmappable = "skip"\n'
-    path = subset(tmp_path, "a", unfit=seven)
+    path = subset(tmp_path, "a", unfit=UNFIT)
     path.write_text(path.read_text().split("[[dataset]]")[-1].join(["[[dataset]]", ""]))
     config.data.path = str(path)
     with pytest.raises(ValueError, match="every dataset was skipped"):

@@ -12,8 +12,10 @@ from data_pipelines.caches import keys
 from data_pipelines.caches.keys import NOTES, pictures_key
 from data_pipelines.canvas import Canvas
 from data_pipelines.episodes import DatasetError
+from data_pipelines.readers.layouts import LAYOUTS
+from data_pipelines.readers.naming import Reading
 from data_pipelines.readers.opening import open_episodes
-from data_pipelines.readers.robocoin import LAYOUTS, Mapped
+from data_pipelines.readers.robocoin import Mapped
 from tests.data_pipelines import tiny_dataset as tiny
 from tests.data_pipelines import tiny_robocoin as coin
 from tests.data_pipelines.readers.test_robotwin import write_classic
@@ -233,7 +235,8 @@ def test_views_by_name(tmp_path: Path) -> None:
     source = open_episodes(coin.write_robocoin(tmp_path / "coin"))
     six = LAYOUTS["two_6dof_arms"]
     swapped = coin.CAMERAS | {"cam_left_wrist": "cam_right_wrist_rgb", "cam_right_wrist": "cam_left_wrist_rgb"}
-    datasets = [Mapped(source, six, "a"), Mapped(source, six, "b", coin.CAMERAS), Mapped(source, six, "a", swapped)]
+    readings = (("a", Reading()), ("b", Reading(coin.CAMERAS)), ("a", Reading(swapped)))
+    datasets = [Mapped(source, six, *reading) for reading in readings]
     first, same, other = (pictures_key(dataset, CANVAS, tmp_path) for dataset in datasets)
     assert first == same != other
 

@@ -310,11 +310,11 @@ def test_a_mixture(mixed: Path, capsys: pytest.CaptureFixture) -> None:
     assert "h264" in first and page.endswith("every frame. Fit for training.\n")
 
 
-SEVEN = 'layout = "two_7dof_arms"\n'
+LACKS = 'layout = "two_6dof_arms"\nstate = { left_gripper_open_scale = "" }\n'
 SUBSETS = {
     "rates": ([("slow", ""), ("fast", "")], "mixes datasets of different rows per second: 25 (slow), 50 (fast)"),
-    "layout": ([("slow", SEVEN), ("fast", "")], "the state lacks left_arm_joint_7_rad"),
-    "all skipped": ([("slow", SEVEN + 'if_unmappable = "skip"\n')], "every dataset was skipped"),
+    "layout": ([("slow", LACKS), ("fast", "")], "the state lacks left_gripper_open_scale"),
+    "all skipped": ([("slow", LACKS + 'if_unmappable = "skip"\n')], "every dataset was skipped"),
     "no folder": ([("slow", ""), ("nowhere", "")], "nowhere is not a folder"),
     "misspelt": ([("slow", "lay = 3\n")], "dataset 1 (slow): unknown lay"),
 }
@@ -332,10 +332,10 @@ def test_a_mixture_that_would_stop(mixed: Path, capsys: pytest.CaptureFixture, n
 
 
 def test_a_mixture_that_leaves_one_out(mixed: Path, capsys: pytest.CaptureFixture) -> None:
-    path = subset(mixed, ("slow", ""), ("fast", SEVEN + 'if_unmappable = "skip"\n'))
+    path = subset(mixed, ("slow", ""), ("fast", LACKS + 'if_unmappable = "skip"\n'))
     assert stopped_by(path) == ""
     status, page = page_of(capsys, path, "--fast")
-    assert status == 0 and "warning: skipping fast: " in page and "lacks left_arm_joint_7_rad" in page
+    assert status == 0 and "warning: skipping fast: " in page and "lacks left_gripper_open_scale" in page
 
 
 def test_damage_in_a_mixture(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

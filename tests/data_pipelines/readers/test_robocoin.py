@@ -9,20 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines.episodes import DatasetError
-from data_pipelines.readers import robocoin
+from data_pipelines.readers.layouts import LAYOUTS
+from data_pipelines.readers.naming import Gripper, Reading, UnmappableError
 from data_pipelines.readers.opening import open_episodes
-from data_pipelines.readers.robocoin import (
-    LAYOUTS,
-    Mapped,
-    UnmappableError,
-    find_cameras,
-    open_robocoin,
-    subtasks,
-)
+from data_pipelines.readers.robocoin import Mapped, bad_rows, open_robocoin, subtasks
 from tests.data_pipelines import tiny_dataset as tiny
 from tests.data_pipelines import tiny_robocoin as coin
 
-SIX, SEVEN = LAYOUTS["two_6dof_arms"], LAYOUTS["two_7dof_arms"]
+SIX, ALL = LAYOUTS["two_6dof_arms"], LAYOUTS["two_arms"]
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +30,6 @@ def broken(root: Path, tmp_path: Path) -> Path:
 
 
 # ---------------------------------------------------------------- vectors
-def test_layouts_and_units() -> None:
-    assert len(SIX.names) == 14 and len(SEVEN.names) == 16
-    assert SIX.names[0] == "left_arm_joint_1_rad" and SIX.names[6] == "left_gripper_open_scale"
-    assert SEVEN.names[8] == "right_arm_joint_1_rad" and SEVEN.names[15] == "right_gripper_open_scale"
-    assert SIX.units == ("rad",) * 6 + ("0 closed .. 1 open",) + ("rad",) * 6 + ("0 closed .. 1 open",)
-
-
 @pytest.mark.parametrize("names", [coin.GRIPPERS_LAST, SIX.names[::-1], (*SIX.names[7:], *SIX.names[:7])])
 def test_numbers_are_found_by_name(tmp_path: Path, names: tuple[str, ...]) -> None:
     mapped = Mapped(open_robocoin(coin.write_robocoin(tmp_path / "set", names)), SIX, "tiny_bot")
@@ -71,20 +58,6 @@ def test_all_else_is_the_source(root: Path) -> None:
         mapped.frames(0, "cam_head_left_rgb", [0])
 
 
-@pytest.mark.parametrize(
-    ("layout", "names", "message"),
-    [
-        (SEVEN, SIX.names, "the state lacks left_arm_joint_7_rad, right_arm_joint_7_rad; its names are left_arm"),
-        (SIX, SEVEN.names, "the state has beyond the layout left_arm_joint_7_rad, right_arm_joint_7_rad"),
-        (SIX, (*SIX.names, SIX.names[3]), "the state names twice left_arm_joint_4_rad"),
-        (SIX, (), "lacks .* its names are not recorded"),
-    ],
-)
-def test_robot_that_does_not_fit(layout: robocoin.Layout, names: tuple[str, ...], message: str) -> None:
-    with pytest.raises(UnmappableError, match=message):
-        layout.places(names, "set (robot 'bot'): the state")
-
-
 def test_action_is_mapped_by_its_own_names(broken: Path) -> None:
     info = json.loads((broken / "meta/info.json").read_text())
     info["features"]["action"]["names"][0] = "left_arm_joint_one"
@@ -93,35 +66,52 @@ def test_action_is_mapped_by_its_own_names(broken: Path) -> None:
         Mapped(open_robocoin(broken), SIX, "bot")
 
 
+def test_six_joints_in_the_layout_of_all(root: Path) -> None:
+    """Absent numbers are 0 and said; the default of such a robot is its own layout."""
+    source = open_robocoin(root)
+    six, wide = Mapped(source, None, "bot"), Mapped(source, ALL, "bot")
+    assert six.layout is SIX and six.action_present.all()
+    assert np.flatnonzero(~wide.action_present).tolist() == [6, 14]
+    np.testing.assert_array_equal(wide.actions(1)[:, wide.action_present], six.actions(1))
+    assert not wide.states(1)[:, ~wide.state_present].any()
+
+
+def test_units_of_the_gripper(root: Path) -> None:
+    """0..100 and inverted in the state, [left, right] apart; the action as it is named."""
+    source = open_robocoin(root)
+    unit = Gripper.parse(
+        {"state": {"closed": [0, 1], "open": [100, 0]}, "action": {"closed": 0, "open": 1}}, "gripper"
+    )
+    plain, mapped = Mapped(source, SIX, "bot"), Mapped(source, SIX, "bot", Reading(gripper=unit))
+    expected = plain.states(1).astype(np.float64)
+    expected[:, 6], expected[:, 13] = expected[:, 6] / 100, 1 - expected[:, 13]
+    np.testing.assert_array_equal(mapped.states(1), expected.astype(np.float32))
+    np.testing.assert_array_equal(mapped.actions(1), plain.actions(1))
+
+
+def test_direction_that_must_be_said(broken: Path) -> None:
+    tiny.change_info(broken, robot_type="ruantong_a2d")
+    source = open_robocoin(broken)
+    with pytest.raises(UnmappableError, match="AgiBot documents 0 as open .* gripper = { closed = 1.0, open = 0.0 }"):
+        Mapped(source, SIX, "bot")
+    said = Reading(gripper=Gripper.parse({"closed": 1, "open": 0}, "gripper"))
+    np.testing.assert_array_equal(
+        Mapped(source, SIX, "bot", said).states(0)[:, 6],
+        1 - coin.value("left_gripper_open_scale", 0, tiny.LENGTHS[0], "observation.state"),
+    )
+
+
 # ---------------------------------------------------------------- cameras
-@pytest.mark.parametrize(
-    ("recorded", "message"),
-    [
-        (["cam_left_wrist_rgb", "cam_right_wrist_rgb"], "has no known camera for cam_high among its cameras cam_left"),
-        (["cam_high_rgb", "cam_head_left_rgb"], "has cam_high_rgb and cam_head_left_rgb for cam_high"),
-        (["cam_high_rgb", "cam_right_wrist_rgb"], 'for cam_left_wrist .*cameras = { cam_left_wrist = "..." }'),
-        ([], r"its cameras \(none\)"),
-    ],
-)
-def test_cameras_that_are_not_clear(recorded: list[str], message: str) -> None:
-    with pytest.raises(UnmappableError, match=message):
-        find_cameras(recorded, "set")
-
-
-def test_every_known_head_camera_serves() -> None:
-    wrists = ["cam_left_wrist_rgb", "cam_right_wrist_rgb"]
-    for head in ("cam_high_rgb", "cam_head_left_rgb", "cam_front_head_rgb"):
-        found = find_cameras([*wrists, "cam_head_right_rgb", head, "cam_high_depth"], "set")
-        assert found == {"cam_high": head, "cam_left_wrist": wrists[0], "cam_right_wrist": wrists[1]}
-
-
 def test_cameras_named_outright(root: Path) -> None:
-    """Only these are used; one that is not recorded is an error that no subset file skips."""
-    mapped = Mapped(open_robocoin(root), SIX, "bot", {"cam_high": "cam_right_wrist_rgb"})
-    assert mapped.cameras == {"cam_high": tiny.CAMERAS["cam_right_wrist"]}
+    """The other views are black; a camera that is not recorded is an error that no subset file skips."""
+    mapped = Mapped(open_robocoin(root), SIX, "bot", Reading({"cam_high": "cam_right_wrist_rgb"}))
+    assert mapped.cameras["cam_high"] == tiny.CAMERAS["cam_right_wrist"]
+    assert mapped.embodiment.absent == ("cam_left_wrist", "cam_right_wrist")
     assert tiny.number_of(mapped.frames(0, "cam_high", [3])[0]) == tiny.frame_number("cam_right_wrist", 0, 3)
+    black = mapped.frames(0, "cam_left_wrist", [3, 4])
+    assert black.shape == (2, *mapped.cameras["cam_left_wrist"], 3) and not black.any()
     with pytest.raises(DatasetError, match="has no camera cam_top") as error:
-        Mapped(open_robocoin(root), SIX, "bot", {"cam_high": "cam_top"})
+        Mapped(open_robocoin(root), SIX, "bot", Reading({"cam_high": "cam_top"}))
     assert not isinstance(error.value, UnmappableError)
 
 
@@ -130,6 +120,23 @@ def test_subtasks_as_text(root: Path) -> None:
     for dataset in (open_robocoin(root), Mapped(open_robocoin(root), SIX, "bot")):
         for e, length in enumerate(tiny.LENGTHS):
             assert subtasks(dataset, e) == [coin.TEXTS[row % 4] for row in range(length)]
+
+
+@pytest.mark.parametrize("word", ["null", "End", "end", "Static"])
+def test_words_that_mean_no_subtask(broken: Path, word: str) -> None:
+    path = broken / "annotations/subtask_annotations.jsonl"
+    path.write_text(path.read_text().replace("null", word))
+    assert subtasks(open_robocoin(broken), 1) == [coin.TEXTS[row % 4] for row in range(23)]
+
+
+@pytest.mark.parametrize("word", ["Abnormal", "abnormal", "Discard."])
+def test_words_that_mark_bad_rows(broken: Path, word: str) -> None:
+    """As many of a row's as there are; none where nothing is marked."""
+    path = broken / "annotations/subtask_annotations.jsonl"
+    assert not bad_rows(open_robocoin(broken), 1).any() and not bad_rows(open_episodes(broken), 1).any()
+    path.write_text(path.read_text().replace("Pull", word))
+    for dataset in (open_robocoin(broken), Mapped(open_robocoin(broken), SIX, "bot")):
+        assert np.flatnonzero(bad_rows(dataset, 1)).tolist() == [1, 5, 9, 13, 17, 21]
 
 
 def test_datasets_without_subtasks(broken: Path) -> None:
@@ -157,7 +164,7 @@ def test_broken_list_of_subtasks(broken: Path, text: str, message: str) -> None:
 
 def test_subtask_that_is_not_listed(broken: Path) -> None:
     (broken / "annotations/subtask_annotations.jsonl").write_text('{"subtask_index": 0, "subtask": "a"}')
-    with pytest.raises(DatasetError, match="episode_000001.parquet: every row of subtask_annotation .*KeyError"):
+    with pytest.raises(DatasetError, match="episode_000001.parquet: every row of subtask_annotation .*found 1, 2"):
         open_robocoin(broken).subtasks(1)
     path = tiny.data_path(broken, 2)
     pq.write_table(pq.read_table(path).drop_columns("subtask_annotation"), path)

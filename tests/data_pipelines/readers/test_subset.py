@@ -13,9 +13,9 @@ from data_pipelines.caches.frame_cache import DecodingFrames
 from data_pipelines.canvas import Canvas
 from data_pipelines.episodes import DatasetError, Episodes
 from data_pipelines.readers import subset
+from data_pipelines.readers.naming import Reading, UnmappableError
 from data_pipelines.readers.resampled import Resampled
-from data_pipelines.readers.robocoin import UnmappableError
-from data_pipelines.readers.subset import Entry, load_subset, open_datasets, open_subset
+from data_pipelines.readers.subset import Entry, embodiment_of, load_subset, open_datasets, open_subset
 from data_pipelines.windows import WindowConfig, Windows
 from tests.data_pipelines import tiny_dataset as tiny
 from tests.data_pipelines import tiny_robocoin as coin
@@ -50,7 +50,7 @@ def test_subset_file(tmp_path: Path) -> None:
     extra = {"name": "b.2-x", "weight": 0.5, "cameras": cameras, "if_unmappable": "skip"}
     assert load_subset(write_subset(tmp_path, GOOD, GOOD | extra)) == [
         Entry("a", tmp_path / "set", 2, "bot", "two_6dof_arms"),
-        Entry("b.2-x", tmp_path / "set", 0.5, "bot", "two_6dof_arms", cameras, "skip"),
+        Entry("b.2-x", tmp_path / "set", 0.5, "bot", "two_6dof_arms", Reading(cameras), "skip"),
     ]
 
 
@@ -74,7 +74,8 @@ def test_example_of_a_subset_file() -> None:
     entries = load_subset(path)
     assert [entry.if_unmappable for entry in entries] == ["error", "error", "skip"]
     assert entries[0].path == path.parent / "RoboCOIN/Cobot_Magic_fold_towel"
-    assert entries[1].cameras["cam_high"] == "cam_head_left_rgb" and entries[2].layout == "two_7dof_arms"
+    assert entries[1].said.cameras["cam_high"] == "cam_head_left_rgb" and entries[2].said.gripper.action[0] == (0, 10)
+    assert {entry.layout for entry in entries} == {"two_arms"} and entries[2].without == (3, 17)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,13 @@ def test_example_of_a_subset_file() -> None:
         ({"weight": True}, "weight is True, expected"),
         ({"weight": "2"}, "weight is '2', expected"),
         ({"robot": ".."}, "robot is '..', expected"),
-        ({"layout": "two_arms"}, "layout is 'two_arms', expected one of two_6dof_arms, two_7dof_arms"),
+        ({"layout": "two_legs"}, "layout is 'two_legs', expected one of two_6dof_arms, two_arms"),
+        ({"state": {"left_gripper_open": 3}}, "state is .*expected a table of numbers of a layout"),
+        ({"action": {"left_arm_joint_1_rad": -1}}, "action is .*expected a table of numbers of a layout"),
+        ({"gripper": {"closed": 0}}, "gripper is .*expected what is recorded of a closed and of an open"),
+        ({"exclude": ""}, "exclude is '', expected why the dataset is left out"),
+        ({"without": [1.5]}, "without is .*expected a list of episodes"),
+        ({"still_tail": -1}, "still_tail is -1, expected seconds"),
         ({"cameras": {"cam_left_wrist": "x"}}, "cameras is .*expected a table of the views cam_high"),
         ({"cameras": {"cam_high": "x", "cam_low": "y"}}, "cameras is .*expected a table"),
         ({"cameras": {"cam_high": "x", "cam_left_wrist": "x"}}, "a recorded camera of its own"),
@@ -96,7 +103,7 @@ def test_example_of_a_subset_file() -> None:
         ({"fps": 0}, "fps is 0, expected rows per second, a positive number"),
         ({"rate": 25}, "rate is one for all datasets; write it above"),
         ({"if_unmappable": "ignore"}, "if_unmappable is 'ignore', expected .error. or .skip."),
-        ({"wieght": 2}, "unknown wieght; a dataset has name, path, weight, robot, layout and may have cameras"),
+        ({"wieght": 2}, "unknown wieght; a dataset has name, path, weight, robot and may have layout, cameras"),
     ],
 )
 def test_wrong_entry(tmp_path: Path, change: dict, message: str) -> None:
@@ -105,7 +112,7 @@ def test_wrong_entry(tmp_path: Path, change: dict, message: str) -> None:
         load_subset(path)
 
 
-@pytest.mark.parametrize("key", GOOD)
+@pytest.mark.parametrize("key", ["name", "path", "weight", "robot"])
 def test_missing_entry(tmp_path: Path, key: str) -> None:
     table = {k: v for k, v in GOOD.items() if k != key}
     with pytest.raises(DatasetError, match=f"dataset 1.*: lacks {key}; a dataset has"):
@@ -120,7 +127,7 @@ def test_missing_entry(tmp_path: Path, key: str) -> None:
         ("dataset = 3", "must hold tables .*found dataset"),
         ("dataset = [3]", "must hold tables"),
         ("dataset = []", "must hold tables"),
-        ('seed = 1\n[[dataset]]\nname = "a"', "besides them only a rate; found seed, dataset"),
+        ('seed = 1\n[[dataset]]\nname = "a"', "besides them only rate, layout, robot; found seed, dataset"),
         ('rate = "fast"\n[[dataset]]\nname = "a"', "rate is 'fast', expected rows per second"),
     ],
 )
@@ -140,14 +147,53 @@ def test_no_file_and_one_name_twice(tmp_path: Path) -> None:
 
 def test_skips_only_what_the_subset_says(root: Path) -> None:
     fits = Entry("fits", root, 1, "bot", "two_6dof_arms")
-    wide = {"path": root, "weight": 1, "robot": "bot", "layout": "two_7dof_arms"}
+    said = Reading(state={"left_gripper_open_scale": ""})
+    wide = {"path": root, "weight": 1, "robot": "bot", "layout": "two_6dof_arms", "said": said}
     opened, skipped = open_subset([fits, Entry("wide", **wide, if_unmappable="skip")])
     assert list(opened) == ["fits"] and opened["fits"].robot == "bot"
-    assert list(skipped) == ["wide"] and "lacks left_arm_joint_7_rad" in skipped["wide"]
-    with pytest.raises(UnmappableError, match="lacks left_arm_joint_7_rad"):
+    assert list(skipped) == ["wide"] and "lacks left_gripper_open_scale" in skipped["wide"]
+    with pytest.raises(UnmappableError, match="lacks left_gripper_open_scale"):
         open_subset([fits, Entry("wide", **wide)])
     with pytest.raises(DatasetError, match="is not a folder"):  # whatever the subset says
         open_subset([Entry("gone", root / "gone", 1, "bot", "two_6dof_arms", if_unmappable="skip")])
+
+
+def test_excluded_with_its_reason(root: Path) -> None:
+    """Never opened, not even its folder."""
+    entries = [Entry("a", root, 1, "bot"), Entry("b", root / "gone", 1, "bot", exclude="tails")]
+    opened, skipped = open_subset(entries)
+    assert list(opened) == ["a"] and skipped == {"b": "tails"}
+
+
+def test_what_is_said_of_a_robot(root: Path) -> None:
+    """Of all its datasets, and of one that says otherwise; a layout for all."""
+    path = root.parent / "robots.toml"
+    path.write_text(
+        'layout = "two_arms"\n[robot.bot]\ngripper = { closed = 0, open = 10 }\n'
+        + "".join(
+            f'[[dataset]]\nname = "{name}"\npath = "{root}"\nweight = 1\nrobot = "{robot}"\n{more}'
+            for name, robot, more in (
+                ("a", "bot", ""), ("b", "bot", "gripper = { closed = 1, open = 0 }\n"), ("c", "other", ""),
+            )
+        )
+    )  # fmt: skip
+    tens, inverted, plain = (part.dataset for part in open_datasets(path))
+    values = plain.actions(0)[:, 7].astype(np.float64)
+    np.testing.assert_array_equal(tens.actions(0)[:, 7], (values / 10).astype(np.float32))
+    np.testing.assert_array_equal(inverted.actions(0)[:, 7], (1 - values).astype(np.float32))
+    assert embodiment_of(tens).action.one[7] == 10 and embodiment_of(plain).action.one[7] == 1
+    path.write_text(path.read_text().replace("[robot.bot]", "[robot.bod]"))
+    with pytest.raises(DatasetError, match="tables of the robots bod, which no dataset has"):
+        load_subset(path)
+    path.write_text(path.read_text().replace("[robot.bod]\ngripper", "[robot.bot]\ngrip"))
+    with pytest.raises(DatasetError, match="robot.bot must be a table that may have cameras, gripper, state, action"):
+        load_subset(path)
+
+
+def test_two_layouts_in_one_mixture_are_refused(root: Path) -> None:
+    path = write_subset(root.parent, GOOD | {"name": "six"}, GOOD | {"layout": "two_arms"})
+    with pytest.raises(DatasetError, match=r'14 numbers \(six\), 16 numbers \(a\). Write layout = "two_arms" above'):
+        open_datasets(path)
 
 
 # ---------------------------------------------------------------- rates
@@ -228,6 +274,7 @@ def test_rates_that_do_not_divide(rate: float, rows: list[int]) -> None:
         root, robot, fps, cameras, instructions = Path("memory"), "", 50.0, {}, ["lift"]
         state_dim = action_dim = 1
         state_names = action_names = ()
+        state_present = action_present = np.ones(1, bool)
         lengths, starts = np.array([rows[-1] + 1]), np.array([0])
 
         def states(self, episode: int) -> np.ndarray:

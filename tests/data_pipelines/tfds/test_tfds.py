@@ -21,7 +21,8 @@ from data_pipelines.disk import DiskError  # noqa: E402
 from data_pipelines.episodes import DatasetError  # noqa: E402
 from data_pipelines.ownership import OwnedError, owned  # noqa: E402
 from data_pipelines.processes import WorkerError  # noqa: E402
-from data_pipelines.readers.robocoin import LAYOUTS, open_robocoin, subtasks  # noqa: E402
+from data_pipelines.readers.layouts import LAYOUTS  # noqa: E402
+from data_pipelines.readers.robocoin import open_robocoin, subtasks  # noqa: E402
 from data_pipelines.readers.subset import Entry  # noqa: E402
 from data_pipelines.tfds import layout  # noqa: E402
 from data_pipelines.tfds.builder import Folder, builder  # noqa: E402
@@ -305,17 +306,18 @@ def test_command_line(recorded: Path, tmp_path: Path, monkeypatch, capsys: pytes
     subset = tmp_path / "subset.toml"
     table = f'[[dataset]]\npath = "{recorded}"\nweight = 1\nrobot = "bot"\n'
     subset.write_text(
-        f'{table}name = "wide"\nlayout = "two_7dof_arms"\nif_unmappable = "skip"\n'
+        f'{table}name = "wide"\nlayout = "two_6dof_arms"\nif_unmappable = "skip"\n'
+        'state = { left_gripper_open_scale = "" }\n'
         f'{table}name = "fits"\nlayout = "two_6dof_arms"\n'
     )
     monkeypatch.setattr(sys, "argv", ["tfds", "--subset", str(subset), "--out", str(tmp_path)])
     main()
     text = capsys.readouterr().err
-    assert "Skipped wide:" in text and "lacks left_arm_joint_7_rad" in text
+    assert "Skipped wide:" in text and "lacks left_gripper_open_scale" in text
     assert "robot_episodes/fits/1.0.0: 1 shards, 1 of them new" in text
     assert [path.name for path in (tmp_path / "robot_episodes").iterdir()] == ["fits"]
     subset.write_text(subset.read_text().replace('"skip"', '"error"'))
-    with pytest.raises(SystemExit, match="lacks left_arm_joint_7_rad"):
+    with pytest.raises(SystemExit, match="lacks left_gripper_open_scale"):
         main()
 
 
