@@ -1,6 +1,8 @@
 """What the readers of all formats share: rows checked when first read, frames in the order asked for."""
 
+import itertools
 import threading
+import weakref
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -20,9 +22,9 @@ GRID_TOLERANCE = 0.1
 NEXT_ROW = 0.5
 RATE_TOLERANCE = 1e-3  # relative; a rate that differs by less is the labelled one
 BLOCK = 64  # frames decoded at a time in search of faults
-# Rows a reader keeps in memory, of the episodes used last: about 2.5 GB of two 14-wide vectors, the whole of RoboTwin
-# or of the 165 hours of RoboCOIN. Beyond that, episodes are read again, which costs less than decoding their frames.
-ROWS_KEPT = 2**24
+# Of rows that all readers of a process keep in memory, of the episodes used last: the whole of RoboTwin, or 165 hours
+# of RoboCOIN in most forms. Beyond that, episodes are read again, which costs less than decoding their frames.
+BYTES_KEPT = 2**32
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Reader(Episodes):
         """Rows per episode; sets lengths and starts."""
         self.lengths = np.array(lengths, np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths
-        self._rows = _Kept(ROWS_KEPT)
+        self._rows = _Kept()
         if not len(lengths):
             raise DatasetError(f"{self.root} holds no episode; record one or choose another dataset.")
         if self.lengths.min() < 1:
@@ -145,30 +147,58 @@ class Reader(Episodes):
         return rows
 
 
-class _Kept:
-    """The episodes used last, of `limit` rows together; for several threads. In another process it starts empty."""
+class _Used:
+    """Rows of the episodes used last, by reader and episode, BYTES_KEPT together at most; for several threads."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit, self._total, self._lock = limit, 0, threading.Lock()
-        self._rows: OrderedDict[int, Rows] = OrderedDict()
+    def __init__(self) -> None:
+        self._rows: OrderedDict[tuple[int, int], Rows] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.RLock()  # a reader may end, and be forgotten, in the midst of another's turn
+        self.readers = itertools.count()
+
+    def get(self, key: tuple[int, int]) -> Rows | None:
+        with self._lock:
+            if key in self._rows:
+                self._rows.move_to_end(key)
+            return self._rows.get(key)
+
+    def put(self, key: tuple[int, int], rows: Rows) -> None:
+        with self._lock:
+            if key in self._rows:  # another thread has read it meanwhile
+                return
+            self._rows[key] = rows
+            self._bytes += _size(rows)
+            while self._bytes > BYTES_KEPT and len(self._rows) > 1:
+                self._bytes -= _size(self._rows.popitem(last=False)[1])
+
+    def forget(self, reader: int) -> None:
+        with self._lock:
+            for key in [key for key in self._rows if key[0] == reader]:
+                self._bytes -= _size(self._rows.pop(key))
+
+
+def _size(rows: Rows) -> int:
+    return rows.state.nbytes + rows.action.nbytes
+
+
+_USED = _Used()
+
+
+class _Kept:
+    """One reader's share of `_USED`, which goes with it. In another process it starts empty."""
+
+    def __init__(self) -> None:
+        self._reader = next(_USED.readers)
+        weakref.finalize(self, _USED.forget, self._reader)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Kept, (self._limit,)
+        return _Kept, ()
 
     def get(self, episode: int) -> Rows | None:
-        with self._lock:
-            if episode in self._rows:
-                self._rows.move_to_end(episode)
-            return self._rows.get(episode)
+        return _USED.get((self._reader, episode))
 
     def put(self, episode: int, rows: Rows) -> None:
-        with self._lock:
-            if episode in self._rows:  # another thread has read it meanwhile
-                return
-            self._rows[episode] = rows
-            self._total += len(rows.state)
-            while self._total > self._limit and len(self._rows) > 1:
-                self._total -= len(self._rows.popitem(last=False)[1].state)
+        _USED.put((self._reader, episode), rows)
 
 
 def _check_finite(rows: Rows, what: str, values: np.ndarray, names: Sequence[str], episode: int) -> None:

@@ -154,7 +154,9 @@ def test_rows_may_be_lists_of_any_kind(changed: Path) -> None:
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])
 def test_rows_kept_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     """The episode used last stays, the one not used for longest goes and is read again."""
-    monkeypatch.setattr(reader, "ROWS_KEPT", tiny.LENGTHS[0] + tiny.LENGTHS[2])
+    monkeypatch.setattr(reader, "_USED", reader._Used())
+    row = 4 * (tiny.STATE_DIM + tiny.ACTION_DIM)
+    monkeypatch.setattr(reader, "BYTES_KEPT", row * (tiny.LENGTHS[0] + tiny.LENGTHS[2]))
     dataset = open_episodes(tiny.write_dataset(tmp_path / "set", version))
     read = []
     original = type(dataset)._read_rows
@@ -166,6 +168,26 @@ def test_rows_kept_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         states = list(pool.map(dataset.states, [0, 1, 2] * 40))
     for place, rows in enumerate(states):
         np.testing.assert_array_equal(rows, states[place % 3])
+
+
+def test_readers_share_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture of many datasets is bounded as one is, and what a reader has kept goes with it."""
+    used = reader._Used()
+    monkeypatch.setattr(reader, "_USED", used)
+    roots = [tiny.write_dataset(tmp_path / name, "v2.1") for name in "ab"]
+    datasets = [open_episodes(root) for root in roots]
+    row = 4 * (tiny.STATE_DIM + tiny.ACTION_DIM)
+    monkeypatch.setattr(reader, "BYTES_KEPT", row * sum(tiny.LENGTHS))
+    for dataset in datasets:
+        for episode in range(3):
+            dataset.states(episode)
+    assert used._bytes == row * sum(tiny.LENGTHS) and len(used._rows) == 3  # of the second alone
+    datasets[0].states(1)
+    assert len(used._rows) == 3
+    copy = pickle.loads(pickle.dumps(datasets[1]))
+    copy.states(1)
+    del datasets, dataset
+    assert used._bytes == row * tiny.LENGTHS[1]
 
 
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])
