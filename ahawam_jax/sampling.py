@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from ahawam_jax import flow_matching
 from ahawam_jax.models.aha_wam import AhaWam
@@ -21,21 +22,26 @@ def denoise(
     routed: PlannerContext,
     steps: int,
     shift: float,
+    present: ArrayLike = True,
 ) -> jax.Array:
     """Euler steps of the executor from noise to actions (Eq. 5).
 
     noise [B, C, T, d], positions [C, T] counted from the refresh, states [B, C, p] normalised,
-    routed [L, B, C, S, N, H] -> normalised actions [B, C, T, d].
+    routed [L, B, C, S, N, H] -> normalised actions [B, C, T, d]. present: bool, broadcasts against the noise, which
+    numbers of an action the robot has; the others are 0 at every step, as in training.
     """
+
+    def only_present(x: jax.Array) -> jax.Array:
+        return jnp.where(present, x, 0.0)  # XLA drops it where the constant True stands
 
     def predict(x: jax.Array, time: jax.Array) -> jax.Array:
         times = jnp.broadcast_to(time, x.shape[:2])
-        return model.apply(
-            {"params": params}, x, times, positions, text, text_mask, states, routed, method="act"
+        return only_present(
+            model.apply({"params": params}, x, times, positions, text, text_mask, states, routed, method="act")
         )
 
     levels = flow_matching.noise_levels(steps, shift)
-    return flow_matching.euler(predict, noise, levels, model.config.prediction)[0]
+    return flow_matching.euler(predict, only_present(noise), levels, model.config.prediction)[0]
 
 
 def imagine(

@@ -33,6 +33,11 @@ class Vector:
         """Which numbers of the layout the robot has, bool [d]."""
         return np.array(self.places) >= 0
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What a sentence calls the robot's numbers, n of them: by name, or by place as "#16" where they have none."""
+        return tuple(name or f"#{place}" for place, name in enumerate(self.names))
+
     def to_layout(self, own: np.ndarray) -> np.ndarray:
         """own [..., n] in the robot's order and units -> float32 [..., d], 0 for what the robot has not."""
         taken = np.asarray(own, np.float64)[..., np.maximum(self.places, 0)]
@@ -64,9 +69,8 @@ class Embodiment:
 
     @property
     def held(self) -> tuple[str, ...]:
-        """Numbers of an action that a policy does not drive, by name, or by place as "#16" where they have none."""
-        driven = set(self.action.places)
-        return tuple(name or f"#{k}" for k, name in enumerate(self.action.names) if k not in driven)
+        """Numbers of an action that a policy does not drive, as `Vector.labels` calls them."""
+        return tuple(label for place, label in enumerate(self.action.labels) if place not in self.action.places)
 
     def act(self, x: np.ndarray, own_state: np.ndarray) -> np.ndarray:
         """Actions x [B, T, d] of the layout -> float32 [B, T, n] of the robot that is in own_state [B, m].
@@ -85,6 +89,11 @@ class Embodiment:
         """`images` uint8 [..., h, w, 3] by view, and a black one for each view that the robot has not."""
         some = next(iter(images.values()), np.zeros((1, 1, 3), np.uint8))
         return {**images, **{view: np.zeros((*np.shape(some)[:-3], 2, 2, 3), np.uint8) for view in self.absent}}
+
+    @classmethod
+    def as_recorded(cls, state_dim: int, action_dim: int) -> "Embodiment":
+        """Of a robot whose own vectors, so wide, are the layout: nothing is changed on the way."""
+        return cls(*(Vector(("",) * n, tuple(range(n)), (0.0,) * n, (1.0,) * n) for n in (state_dim, action_dim)))
 
     def to_json(self) -> dict[str, Any]:
         """As JSON can hold it."""

@@ -1,6 +1,7 @@
 """`denoise` and `imagine` against the same steps written out."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from tests.tiny_model import (
     TOKENS,
     WIDTH,
     assert_close,
+    narrowed,
     normal,
     random_batch,
     random_params,
@@ -51,6 +53,31 @@ def test_denoise_takes_euler_steps(prediction: str) -> None:
         lambda noise: denoise(model, params, noise, positions, text, text_mask, states, routed, STEPS, SHIFT)
     )
     assert_close(run(noise), x)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_numbers_that_a_robot_lacks_are_0_at_every_step(prediction: str) -> None:
+    """As a narrower model's, whatever noise they get; of a robot that has all of them, nothing changes."""
+    keep, config = np.array([True, False, True]), dataclasses.replace(CONFIG, prediction=prediction)
+    params, batch = random_params(), random_batch()
+    shape = (CONFIG.num_layers, BATCH, CONFIG.num_chunks, TOKENS, CONFIG.num_heads, CONFIG.head_dim)
+    routed = PlannerContext(normal(0, *shape), normal(1, *shape))
+    noise = normal(2, BATCH, CONFIG.num_chunks, CONFIG.chunk, CONFIG.action_dim)
+    positions = np.arange(CONFIG.horizon).reshape(CONFIG.num_chunks, CONFIG.chunk)
+    states = normal(3, BATCH, CONFIG.num_chunks, CONFIG.state_dim)
+
+    def run(width: int, params: Any, noise: np.ndarray, **settings: Any) -> np.ndarray:
+        model = AhaWam(dataclasses.replace(config, action_dim=width))
+        return np.asarray(jax.jit(lambda params, noise: denoise(
+            model, params, noise, positions, batch["context"], batch["context_mask"], states, routed, STEPS, SHIFT,
+            **settings,
+        ))(params, noise))  # fmt: skip
+
+    got = run(3, params, noise, present=keep)
+    assert not got[..., ~keep].any()
+    narrow = narrowed({"executor": params["executor"]}, keep)
+    assert_close(got[..., keep], run(2, params | narrow, noise[..., keep]))
+    np.testing.assert_array_equal(run(3, params, noise, present=np.ones(3, bool)), run(3, params, noise))
 
 
 @pytest.mark.parametrize("causal", [True, False])

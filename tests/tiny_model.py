@@ -40,6 +40,21 @@ def random_params(config: ModelConfig = CONFIG, seed: int = 0) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, nn.unbox(abstract_params(config)))
 
 
+def narrowed(params: Any, keep: np.ndarray) -> Any:
+    """Parameters, or what is like them, of a model of fewer numbers: those that `keep`, bool [d], has, of state and
+    action alike."""
+    cut = {
+        "executor/action_encoder/kernel": 0, "executor/head/kernel": 1, "executor/head/bias": 0,
+        "state_encoder/kernel": 0,
+    }  # fmt: skip
+
+    def leaf(path: Any, x: np.ndarray) -> np.ndarray:
+        axis = cut.get("/".join(key.key for key in path))
+        return x if axis is None else np.compress(keep, x, axis)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
 def random_batch(seed: int = 1) -> Batch:
     """The batch of `joint_loss`: three history frames (two valid in the first sample), offsets 0 and 1, no padding."""
     chunks, rows = CONFIG.num_chunks, CONFIG.horizon + MAX_OFFSET

@@ -22,6 +22,7 @@ from ahawam_jax.towers.building import VideoTower, build_text_tower, build_video
 from ahawam_jax.towers.encoding import pixels
 from ahawam_jax.towers.latents import make_canvas
 from data_pipelines.canvas import Canvas
+from data_pipelines.embodiment import Embodiment, pick_embodiment
 from data_pipelines.normalization import denormalize, normalize
 from data_pipelines.paths import local_path
 from data_pipelines.statistics import pick_robot
@@ -68,19 +69,20 @@ class PolicyState:
 
 
 def checked_observation(
-    canvas: Canvas, images: Mapping[str, np.ndarray], robot_state: np.ndarray, episodes: int, width: int
+    canvas: Canvas, embodiment: Embodiment, images: Mapping[str, np.ndarray], robot_state: np.ndarray, episodes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The canvas uint8 [B, H, W, 3] of the images, and the robot's state as float32 [B, p].
+    """The canvas uint8 [B, H, W, 3] of the images, and the robot's own state as float32 [B, n].
 
     Raises ValueError for other shapes, other numbers of either than `episodes`, and for NaN or infinity in the state.
     """
-    robot_state = np.asarray(robot_state, np.float32)
-    if robot_state.shape != (episodes, width) or not np.isfinite(robot_state).all():
+    robot_state, names = np.asarray(robot_state, np.float32), embodiment.state.names
+    if robot_state.shape != (episodes, len(names)) or not np.isfinite(robot_state).all():
+        named = f" ({', '.join(embodiment.state.labels)})" if any(names) else ""
         raise ValueError(
-            f"robot_state has shape {robot_state.shape}; expected {(episodes, width)} finite numbers, one row per "
-            "episode that start was given; a single episode has the first axis, too: robot_state[None]."
+            f"robot_state has shape {robot_state.shape}; expected {(episodes, len(names))} finite numbers{named}, one "
+            "row per episode that start was given; a single episode has the first axis, too: robot_state[None]."
         )
-    picture = canvas.compose(images)
+    picture = canvas.compose(embodiment.views(images))
     if picture.shape[:-3] != (episodes,):
         raise ValueError(
             f"the images of {canvas.cameras[0]} have shape {np.shape(images[canvas.cameras[0]])}; expected "
@@ -123,19 +125,24 @@ def load_run(path: str | Path) -> tuple[AhaWam, Any, dict[str, Any]]:
 
 
 class Policy:
-    """A checkpoint and how to run it. Holds no episode: the state goes in and comes back.
+    """A checkpoint and how to run it on one robot. Holds no episode: the state goes in and comes back.
 
         policy = Policy.load("runs/demo")
         state = policy.start(["pick up the red cube ..."])
         actions, state = policy(images, robot_state, state)
+
+    embodiment: the robot's own vectors; `policy.embodiment.held` names the numbers of an action that are not driven.
     """
 
     def __init__(
         self, model: AhaWam, params: Any, config: ConfigDict, statistics: Mapping[str, Any],
-        policy: PolicyConfig,
+        policy: PolicyConfig, embodiment: Embodiment | None = None,
     ):  # fmt: skip
+        """embodiment: None for a robot whose vectors are those of the model."""
         policy.check(model.config)
         self.model, self.params, self.config, self.statistics = model, params, policy, statistics
+        self.embodiment = embodiment or Embodiment.as_recorded(model.config.state_dim, model.config.action_dim)
+        present = self.embodiment.action.present
         self.canvas = make_canvas(config)
         self._text_tower = build_text_tower(config.towers, model.config)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -163,18 +170,20 @@ class Policy:
             noise = jax.random.normal(key, shape)
             positions = start + jnp.arange(model.config.chunk)[None]
             return denoise(
-                model, params, noise, positions, text, text_mask, states[:, None], routed, policy.steps, shift
+                model, params, noise, positions, text, text_mask, states[:, None], routed, policy.steps, shift, present
             )[:, 0]
 
         self._refresh, self._chunk = refresh, chunk
 
     @classmethod
     def load(
-        cls, path: str | Path, robot: str | None = None, compiled_in: str | Path | None = None, **overrides: Any
-    ) -> "Policy":
+        cls, path: str | Path, robot: str | None = None, dataset: str | None = None,
+        compiled_in: str | Path | None = None, **overrides: Any,
+    ) -> "Policy":  # fmt: skip
         """From a workdir of ahawam train or one of its checkpoint steps.
 
-        robot: whose statistics to use, where the run was trained on several.
+        robot: whose statistics and vectors to use, where the run was trained on several.
+        dataset: of that robot, where its datasets differ in the robot's own vectors: whose the robot takes.
         compiled_in: folder of `save_compiled`, whose functions are used instead of traced ones.
         overrides: fields of PolicyConfig; the rest comes from the run's config.policy.
         """
@@ -186,7 +195,9 @@ class Policy:
             )
         config = ConfigDict(run["config"])
         statistics = pick_robot(run["statistics"], robot)
-        policy = cls(model, params, config, statistics, PolicyConfig(**{**config.policy.to_dict(), **overrides}))
+        embodiment = pick_embodiment(run.get("robots", {}), robot, dataset)
+        settings = PolicyConfig(**{**config.policy.to_dict(), **overrides})
+        policy = cls(model, params, config, statistics, settings, embodiment)
         if compiled_in is not None:
             policy._load_compiled(local_path(compiled_in))
         return policy
@@ -217,8 +228,10 @@ class Policy:
         """What a compiled function holds besides its arguments."""
         fields = {"model": self.model.config, "policy": self.config, "canvas": self.canvas}
         about = {name: json.dumps(dataclasses.asdict(x)) for name, x in fields.items()}
-        return about | {"shift": self._shift, "tower": type(self._video_tower).__name__,
-                        "platform": jax.devices()[0].platform}  # fmt: skip
+        return about | {
+            "shift": self._shift, "present": self.embodiment.action.present.tolist(),
+            "tower": type(self._video_tower).__name__, "platform": jax.devices()[0].platform,
+        }  # fmt: skip
 
     def start(self, instructions: Sequence[str]) -> PolicyState:
         """State of a batch of new episodes, one instruction each: an empty memory."""
@@ -232,14 +245,15 @@ class Policy:
     ) -> tuple[np.ndarray, PolicyState]:
         """One executor call, with a planner refresh before it when one is due.
 
-        images: uint8 [B, h, w, 3] per camera, of now. robot_state: [B, p] in the units of the recording.
-        Returns actions [B, chunk, d] in the units of the recording, of which config.execute are meant to be run
-        before the next call, and the state for that call.
+        images: uint8 [B, h, w, 3] per camera that the robot has, of now. robot_state: [B, n] in the order and units
+        of its recordings. Returns actions float32 [B, chunk, m], in the order and units of the recorded ones, of which
+        config.execute are meant to be run before the next call, and the state for that call. Numbers in
+        embodiment.held repeat robot_state, see `Embodiment.act`.
         """
         model, cfg = self.model.config, self.config
         episodes = state.text.shape[0]
-        picture, robot_state = checked_observation(self.canvas, images, robot_state, episodes, model.state_dim)
-        canvas = jnp.asarray(picture)
+        picture, robot_state = checked_observation(self.canvas, self.embodiment, images, robot_state, episodes)
+        canvas, in_layout = jnp.asarray(picture), self.embodiment.state.to_layout(robot_state)
         if state.calls % cfg.refresh_every == 0:
             position = jnp.full(len(canvas), state.elapsed // model.video_ratio, jnp.int32)
             memory = state.memory
@@ -252,10 +266,8 @@ class Policy:
         start = np.int32(chunk_start(state.elapsed - state.planned_at, model.chunk))
         actions = self._chunk(
             self.params, self._video_tower, state.context, canvas,
-            normalize(robot_state, self.statistics["state"]), state.text, state.text_mask, start,
+            normalize(in_layout, self.statistics["state"]), state.text, state.text_mask, start,
             jax.random.fold_in(self._key, state.calls),
         )  # fmt: skip
-        actions = denormalize(np.asarray(actions), self.statistics["action"])
+        actions = self.embodiment.act(denormalize(np.asarray(actions), self.statistics["action"]), robot_state)
         return actions, state.replace(calls=state.calls + 1, elapsed=state.elapsed + cfg.execute)
-
-

@@ -69,13 +69,19 @@ def sample_noise(key: jax.Array, batch: dict[str, jax.Array], model: AhaWam, cfg
 
 
 def masked_mean(x: jax.Array, keep: jax.Array) -> jax.Array:
-    """Mean over axis 1 of the kept entries, 0 where nothing is kept. x and keep [B, K] -> [B]."""
-    return jnp.where(keep, x, 0.0).sum(1) / jnp.maximum(keep.sum(1), 1)
+    """Mean over the last axis of the kept entries, 0 where nothing is kept. x [..., K], keep broadcasts -> [...]."""
+    return jnp.where(keep, x, 0.0).sum(-1) / jnp.maximum(keep.sum(-1), 1)
 
 
 def window(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
     """Horizon-adaptive offset (Eq. 12): x[b, start[b] : start[b] + length]. x [B, R, ...], start [B]."""
     return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, length))(x, start)
+
+
+def present_numbers(batch: dict[str, jax.Array]) -> jax.Array:
+    """Which numbers of an action each sample's robot has, bool [B, 1, 1, d]. Keys as in joint_loss."""
+    size, _, width = batch["action"].shape
+    return batch.get("action_present", jnp.ones((size, width), bool))[:, None, None]
 
 
 def recall_history(apply: Callable[..., Any], batch: dict[str, jax.Array]) -> PlannerMemory | None:
@@ -103,9 +109,11 @@ def joint_loss(
       input_latents [B, c, F, h, w]; obs_latents [B, C, c, 1, h, w]; history_latents [B, W, c, 1, h, w] (optional)
       with video_history_valid_len [B] and video_history_frame_indices [B, W], right-aligned;
       video_temporal_position_ids [B, F]; image_is_pad [B, 1 + 4(F-1)]; context [B, K, X]; context_mask [B, K];
-      action [B, R, d]; action_is_pad [B, R]; proprio [B, R, p]; action_offset [B].
+      action [B, R, d]; action_is_pad [B, R]; proprio [B, R, p]; action_offset [B]; action_present [B, d] bool, which
+      numbers of an action the sample's robot has (optional: all).
 
-    A latent frame is dropped from the loss if all four of its images are padding; a fully padded sample gives 0.
+    A latent frame is dropped from the loss if all four of its images are padding; a fully padded sample gives 0. An
+    action's error is the mean over the numbers that the sample's robot has; the others enter the executor as 0.
 
     Returns the scalar loss and, by name, its parts and the predictions; with `capture` also the memory, the
     planner output, the routed context and what the modules recorded on the way ("intermediates", by method).
@@ -138,14 +146,14 @@ def joint_loss(
     start = batch["action_offset"]
     action = window(batch["action"], start, horizon).reshape(-1, chunks, length, model.config.action_dim)
     states = window(batch["proprio"], start, horizon)[:, ::length]
-    keep = ~window(batch["action_is_pad"], start, horizon)
+    keep, present = ~window(batch["action_is_pad"], start, horizon), present_numbers(batch)
     positions = jnp.arange(horizon).reshape(chunks, length)
 
     def action_draw(action_noise, action_times):
-        x = flow_matching.mix(action, action_noise, action_times)
+        x = jnp.where(present, flow_matching.mix(action, action_noise, action_times), 0.0)
         prediction = apply("act", x, action_times, positions, text, text_mask, states, routed)
         target = action_noise - action if model.config.prediction == "velocity" else action
-        error = jnp.square(prediction - target).mean(-1)
+        error = masked_mean(jnp.square(prediction - target), present)
         weight = flow_matching.loss_weight(action_times, cfg.shift, cfg.action_loss_weight)
         weighted = (error * weight[..., None]).reshape(-1, horizon)
         return masked_mean(weighted, keep).mean(), prediction, recorded.pop("act", None)

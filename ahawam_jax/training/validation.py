@@ -10,13 +10,13 @@ from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.sampling import denoise
 from ahawam_jax.towers.building import VideoTower
 from ahawam_jax.towers.encoding import encode
-from ahawam_jax.training.objective import recall_history, window
+from ahawam_jax.training.objective import masked_mean, present_numbers, recall_history, window
 from ahawam_jax.training.step import Batch
 
 
 def make_open_loop_error(model: AhaWam, steps: int, shift: float) -> Callable[..., jax.Array]:
     """The jitted function (params, batch, tower, key) -> mean |sampled - recorded| over all
-    actions that are not padding, in the normalised units of the batch."""
+    actions that are not padding, of each over the numbers that its robot has, in the normalised units of the batch."""
 
     @jax.jit
     def error(params: Any, batch: Batch, tower: VideoTower, key: jax.Array) -> jax.Array:
@@ -40,8 +40,9 @@ def make_open_loop_error(model: AhaWam, steps: int, shift: float) -> Callable[..
         states = window(inputs["proprio"], start, horizon)[:, ::length]
         noise = jax.random.normal(key, recorded.shape)
         positions = jnp.arange(horizon).reshape(chunks, length)
-        sampled = denoise(model, params, noise, positions, text, text_mask, states, routed, steps, shift)
-        deviation = jnp.abs(sampled - recorded).mean(-1)
+        present = present_numbers(inputs)
+        sampled = denoise(model, params, noise, positions, text, text_mask, states, routed, steps, shift, present)
+        deviation = masked_mean(jnp.abs(sampled - recorded), present)
         return jnp.where(keep, deviation, 0).sum() / jnp.maximum(keep.sum(), 1)
 
     return error

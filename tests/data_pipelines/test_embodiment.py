@@ -44,6 +44,14 @@ def test_absent_views_are_black():
     assert views["cam_left_wrist"].shape[0] == 2 and not views["cam_left_wrist"].any()
 
 
+def test_a_robot_read_as_it_is():
+    own, x = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
+    plain = Embodiment.as_recorded(3, 3)
+    np.testing.assert_array_equal(plain.state.to_layout(own), own)
+    np.testing.assert_array_equal(plain.act(x[:, None], own), x[:, None])
+    assert plain.action.present.all() and not plain.held
+
+
 def test_survives_a_file():
     assert Embodiment.from_json(json.loads(json.dumps(ROBOT.to_json()))) == ROBOT
 

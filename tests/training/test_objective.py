@@ -1,12 +1,27 @@
-"""Noise and windows of the joint objective."""
+"""Noise, windows and masks of the joint objective."""
+
+import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from ahawam_jax.models.aha_wam import AhaWam
-from ahawam_jax.training.objective import ObjectiveConfig, masked_mean, sample_noise, window
-from tests.tiny_model import BATCH, CONFIG, normal, random_batch
+from ahawam_jax.models.config import ModelConfig
+from ahawam_jax.towers.stand_ins import BlockTransform
+from ahawam_jax.training.objective import Noise, ObjectiveConfig, joint_loss, masked_mean, sample_noise, window
+from ahawam_jax.training.validation import make_open_loop_error
+from tests.tiny_model import (
+    BATCH,
+    CONFIG,
+    assert_close,
+    narrowed,
+    normal,
+    random_batch,
+    random_noise,
+    random_params,
+)
 
 DRAWS = 3
 CHUNK_SHAPE = (DRAWS, BATCH, CONFIG.num_chunks)
@@ -58,3 +73,90 @@ def test_masked_mean_of_nothing_is_zero() -> None:
 def test_unknown_choice_is_named(field: str) -> None:
     with pytest.raises(ValueError, match=f"objective.{field} is 'other'; expected one of"):
         ObjectiveConfig(**{field: "other"})
+
+
+# ------------------------------------------------------------------------------- robots that lack numbers of an action
+MASKS = np.array([[True, True, False], [False, True, True]])
+MODEL = AhaWam(CONFIG)
+
+
+@jax.jit
+def gradient(params: Any, batch: dict[str, np.ndarray], noise: Noise) -> Any:
+    """Loss and gradient."""
+    return jax.value_and_grad(lambda params: joint_loss(MODEL, params, batch, noise, ObjectiveConfig())[0])(params)
+
+
+def sample(number: int, batch: dict[str, np.ndarray], noise: Noise) -> tuple[dict[str, np.ndarray], Noise]:
+    """One sample of a batch and its noise."""
+    only = slice(number, number + 1)
+    return {name: x[only] for name, x in batch.items()}, Noise(
+        noise.video[only], noise.video_times[only], noise.action[:, only], noise.action_times[:, only]
+    )
+
+
+def spoilt(batch: dict[str, np.ndarray], noise: Noise, seed: int) -> tuple[dict[str, np.ndarray], Noise]:
+    """The same with large numbers in the actions, and in their noise, that the robots do not have."""
+    absent = ~batch["action_present"][:, None]
+    action = np.where(absent, 100 * normal(seed, *batch["action"].shape), batch["action"])
+    drawn = np.where(absent[:, None], 100 * normal(seed + 1, *noise.action.shape), noise.action)
+    return batch | {"action": action}, noise.replace(action=drawn)
+
+
+def test_all_numbers_present_is_the_loss_without_a_mask() -> None:
+    params, batch, noise = random_params(), random_batch(), random_noise()
+    loss = jax.jit(lambda batch: joint_loss(MODEL, params, batch, noise, ObjectiveConfig())[0])
+    assert loss(batch | {"action_present": np.ones_like(MASKS)}) == loss(batch)
+
+
+def test_numbers_that_a_robot_lacks_do_not_matter() -> None:
+    params, noise = random_params(), random_noise()
+    batch = random_batch() | {"action_present": MASKS}
+    want = gradient(params, batch, noise)
+    jax.tree.map(np.testing.assert_array_equal, gradient(params, *spoilt(batch, noise, 30)), want)
+
+
+def test_a_robot_learns_the_same_beside_any_other() -> None:
+    """A mixture's gradient is the mean over its samples', each of which knows its own mask alone."""
+    params, noise = random_params(), random_noise()
+    for mask in (MASKS[1], ~MASKS[1]):
+        batch = random_batch() | {"action_present": np.stack([MASKS[0], mask])}
+        batch, noise = spoilt(batch, noise, 40)
+        each = [gradient(params, *sample(number, batch, noise)) for number in range(BATCH)]
+        assert_close(gradient(params, batch, noise), jax.tree.map(lambda *x: np.mean(x, 0), *each))
+
+
+def test_absent_numbers_are_as_if_the_model_had_none() -> None:
+    """Two arms of six joints and a gripper, as 14 numbers and as 16 of which each arm's seventh joint is absent."""
+    keep = np.tile([True] * 6 + [False, True], 2)
+    wide, narrow = (dataclasses.replace(CONFIG, action_dim=n, state_dim=n) for n in (16, 14))
+    rows = random_batch()["action"].shape[:2]
+    vectors = {"action": normal(50, *rows, 16), "proprio": normal(51, *rows, 16) * keep}
+    batch, drawn = random_batch() | vectors, normal(52, 1, BATCH, CONFIG.num_chunks, CONFIG.chunk, 16)
+    noise = random_noise()
+
+    def of(config: ModelConfig, params: Any, batch: dict[str, np.ndarray], action: np.ndarray) -> Any:
+        def loss(params: Any) -> jax.Array:
+            return joint_loss(AhaWam(config), params, batch, noise.replace(action=action), ObjectiveConfig())[0]
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    params = random_params(wide)
+    got = of(wide, params, batch | {"action_present": np.tile(keep, (BATCH, 1))}, drawn)
+    vectors = {name: x[..., keep] for name, x in vectors.items()}
+    want = of(narrow, narrowed(params, keep), batch | vectors, drawn[..., keep])
+    assert not np.asarray(got[1]["executor"]["head"]["kernel"])[:, ~keep].any()
+    assert not np.asarray(got[1]["executor"]["action_encoder"]["kernel"])[~keep].any()
+    assert_close((got[0], narrowed(got[1], keep)), want)
+
+
+def test_open_loop_error_is_of_present_numbers() -> None:
+    """A model that says 0 errs by what is recorded, of the numbers that each robot has; garbage is none of them."""
+    params, batch = random_params(), random_batch() | {"action_present": MASKS}
+    head = {"kernel": np.zeros((CONFIG.executor_dim, 3), np.float32), "bias": np.zeros(3, np.float32)}
+    params["executor"]["head"] = head
+    error = make_open_loop_error(AhaWam(dataclasses.replace(CONFIG, prediction="sample")), 2, 5.0)
+    batch, _ = spoilt(batch, random_noise(), 60)
+    starts = batch["action_offset"]
+    trained = [rows[at : at + CONFIG.horizon] for rows, at in zip(batch["action"], starts, strict=True)]
+    want = np.mean([np.abs(rows[:, mask]).mean(1) for rows, mask in zip(trained, MASKS, strict=True)])
+    np.testing.assert_allclose(error(params, batch, BlockTransform(), jax.random.key(0)), want, rtol=1e-5)

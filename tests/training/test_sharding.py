@@ -52,6 +52,7 @@ def loader_batch(size: int = 8) -> dict[str, np.ndarray]:
         "action_is_pad": np.arange(8)[None] >= rng.integers(1, 9, size)[:, None],
         "proprio": rng.normal(size=(size, 8, 5)).astype(np.float32),
         "action_offset": np.zeros(size, np.int32),
+        "action_present": rng.integers(0, 3, (size, 1)) != np.arange(3),  # each robot lacks another number
         "context": np.tile(TEXT, (size, 1, 1)),
         "context_mask": np.ones((size, 4), bool),
     }
