@@ -54,7 +54,7 @@ DATA = {
     "simulation": {"progress", "processes"},
     "recording": {"simulation", "progress", "episodes", "disk", "ownership", "processes", "paths"},
     "inspection": {
-        "episodes", "readers", "normalization", "canvas", "windows", "loader", "recording", "progress",
+        "episodes", "embodiment", "readers", "normalization", "canvas", "windows", "loader", "recording", "progress",
         "disk", "tfds",
     },
     "tfds": {"episodes", "readers", "caches", "progress", "disk", "processes", "ownership", "paths", "files"},

@@ -111,6 +111,10 @@ def excerpt(source: Episodes, without: Collection[int] = (), still_tail: float |
 
 def still_rows(dataset: Episodes, episode: int) -> int:
     """Rows at the end of an episode in which nothing moves, neither state nor action, beside its last row."""
-    rows = np.concatenate([dataset.states(episode), dataset.actions(episode)], 1)
+    return still_end(np.concatenate([dataset.states(episode), dataset.actions(episode)], 1))
+
+
+def still_end(rows: np.ndarray) -> int:
+    """Rows [T, n] at the end that are as the last one, beside that one."""
     moved = np.flatnonzero((np.abs(rows - rows[-1]) > STILL).any(1))
     return len(rows) - 1 - (int(moved[-1]) + 1 if moved.size else 0)

@@ -195,6 +195,18 @@ class LeRobotV21(LeRobot):
         places = {"episode_chunk": self._chunk(episode), "episode_index": int(episode), "video_key": key}
         return self._path("video_path", **places), 0
 
+    def column(self, episode: int, name: str) -> np.ndarray | None:
+        """Another feature of an episode's rows, float32 [T, k]; None where info.json or the file has it not."""
+        feature, path = self._info["features"].get(name), self._data_path(episode)
+        if not isinstance(feature, dict):
+            return None
+        with parquet(path) as file:
+            if name not in file.schema_arrow.names:
+                return None
+            table = read_columns(file, [name], path)
+        width = feature.get("shape")
+        return matrix(table, name, width[0], path) if isinstance(width, list) and len(width) == 1 else None
+
     def _chunk(self, episode: int) -> int:
         return int(episode) // self._info["chunks_size"]
 
