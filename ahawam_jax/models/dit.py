@@ -53,13 +53,13 @@ class SmallNet(nn.Module):
     hidden: int
     features: int | tuple[int, ...]
     dtype: Any
-    out_axes: Axes = ("embed",)
+    out_axes: Axes = ("mlp", "embed")  # of the second kernel
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = layer_norm("norm", SMALL_NET_EPS, None)(x)
         x = nn.gelu(dense(self.hidden, ("embed", "mlp"), name="hidden", dtype=self.dtype)(x), approximate=False)
-        return dense(self.features, ("mlp", *self.out_axes), name="out", dtype=self.dtype)(x)
+        return dense(self.features, self.out_axes, name="out", dtype=self.dtype)(x)
 
 
 def sinusoid(times: jax.Array, width: int) -> jax.Array:
@@ -96,9 +96,9 @@ class TextEmbedding(nn.Module):
     @nn.compact
     def __call__(self, text: jax.Array) -> jax.Array:
         normal = nn.initializers.normal(0.02)
-        x = dense(self.dim, (None, "embed"), name="hidden", dtype=self.dtype, kernel_init=normal)(text)
+        x = dense(self.dim, ("embed", "mlp"), name="hidden", dtype=self.dtype, kernel_init=normal)(text)
         x = nn.gelu(x, approximate=True)
-        return dense(self.dim, ("embed", "mlp"), name="out", dtype=self.dtype, kernel_init=normal)(x)
+        return dense(self.dim, ("mlp", "embed"), name="out", dtype=self.dtype, kernel_init=normal)(x)
 
 
 @flax.struct.dataclass

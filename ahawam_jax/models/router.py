@@ -75,7 +75,7 @@ class LayerRouter(nn.Module):
         frame_k, frame_v = k[:, None], v[:, None]
         gathered = attention(q, frame_k, frame_v)  # queries read the frame
         returned = attention(frame_k, gathered, gathered)  # the frame's tokens read the queries
-        net = SmallNet(width, (2, *heads), self.dtype, (None, "heads", "head_dim"), name="delta")
+        net = SmallNet(width, (2, *heads), self.dtype, ("embed", None, "heads", "head_dim"), name="delta")
         change = net(returned.reshape(*returned.shape[:3], width))  # [B, C, S, 2, N, H]
         delta_k, delta_v = change[..., 0, :, :], change[..., 1, :, :]
         self.sow("intermediates", "change", (delta_k, delta_v))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh
 
 from ahawam_jax.checkpoints import CheckpointError, Checkpoints
 from ahawam_jax.models.aha_wam import AhaWam, abstract_params
@@ -22,7 +23,8 @@ from ahawam_jax.training import sharding
 from ahawam_jax.training.loop import initial_state
 from ahawam_jax.training.objective import ObjectiveConfig, joint_loss, sample_noise
 from ahawam_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from ahawam_jax.training.step import TrainState, make_train_step
+from ahawam_jax.training.step import TrainState, create_state, make_train_step
+from configs import robotwin
 from tests.tiny_config import get_config
 from tests.tiny_model import random_params
 
@@ -113,6 +115,42 @@ def test_parameters_are_spread_over_fsdp_and_tensor() -> None:
     kernels = [s.spec for path, s in jax.tree_util.tree_leaves_with_path(layout) if "blocks" in str(path)
                and "kernel" in str(path)]  # fmt: skip
     assert all("fsdp" in spec and "tensor" in spec for spec in kernels)
+
+
+@pytest.fixture(scope="module")
+def full_size_state() -> Any:
+    run = robotwin.get_config()
+    model, tx = AhaWam(ModelConfig.create(run.model)), make_optimizer(OptimizerConfig(**run.optimizer), 10)
+    return jax.eval_shape(lambda: create_state(model, tx, jax.random.key(0), ema=True))
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (8, 8, 1), (1, 64, 1), (2, 4, 4)])
+def test_full_size_state_is_spread_evenly(full_size_state: Any, sizes: tuple[int, int, int]) -> None:
+    """Within a tenth of a state without any copies; the rest are biases and scales of norms."""
+    mesh = AbstractMesh(sizes, sharding.MESH_AXES)
+    assert not sharding.left_whole(full_size_state, mesh)
+    here, ideal = sharding.bytes_per_device(full_size_state, mesh)
+    assert ideal == pytest.approx(16 * 7.35e9 / (sizes[1] * sizes[2]), rel=1e-2)  # parameters, two moments, average
+    assert ideal <= here < 1.1 * ideal
+
+
+def test_large_leaf_left_whole_is_named() -> None:
+    def leaf(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nn.LogicallyPartitioned:
+        return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), axes)
+
+    tree = {
+        "split": leaf((2048, 1024), ("embed", "mlp")),
+        "small": leaf((1000, 1000), (None, None)),
+        "odd": leaf((1025, 1025), (None, None)),
+        "layer": {"kernel": leaf((30, 2048, 1024), (None, None, "heads"))},
+        "indivisible": leaf((1025, 2048), ("embed", None)),
+    }
+    found = sharding.left_whole(tree, AbstractMesh((4, 8, 2), sharding.MESH_AXES))
+    assert [(one.name, one.axis) for one in found] == [
+        ("indivisible", "fsdp"), ("indivisible", "tensor"), ("layer/kernel", "fsdp")
+    ]  # fmt: skip
+    assert found[2].bytes == 30 * 2048 * 1024 * 4 // 2
+    assert not sharding.left_whole(tree, AbstractMesh((64, 1, 1), sharding.MESH_AXES))
 
 
 def test_eight_devices_compute_what_one_does(one_device: tuple[TrainState, dict], tmp_path: Path) -> None:
