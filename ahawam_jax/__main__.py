@@ -28,6 +28,7 @@ COMMANDS = {
     "record": Command("data", f"{_COMMANDS}.record", "demonstrations of the scripted expert, as a dataset", "sim"),
     "doctor": Command("data", f"{_COMMANDS}.doctor", "one page on a dataset: contents, faults, speed"),
     "view": Command("data", f"{_COMMANDS}.view", "one episode as a video with its curves"),
+    "robocoin": Command("data", f"{_COMMANDS}.robocoin", "many datasets, looked through into a subset to train on"),
     "convert": Command("data", f"{_COMMANDS}.convert", "datasets to ArrayRecord shards for TFDS and grain", "tfds"),
     "encode-text": Command("data", f"{_COMMANDS}.encode_text", "instructions through umT5, once, into a cache"),
     "encode-video": Command("data", f"{_COMMANDS}.encode_video", "frames through the VAE, once, into a cache"),

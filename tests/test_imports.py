@@ -55,7 +55,7 @@ DATA = {
     "recording": {"simulation", "progress", "episodes", "disk", "ownership", "processes", "paths"},
     "inspection": {
         "episodes", "embodiment", "readers", "normalization", "canvas", "windows", "loader", "recording", "progress",
-        "disk", "tfds",
+        "processes", "disk", "tfds",
     },
     "tfds": {"episodes", "readers", "caches", "progress", "disk", "processes", "ownership", "paths", "files"},
 }

@@ -137,7 +137,8 @@ def test_ctrl_c_leaves_no_traceback(command: SimpleNamespace, capsys: pytest.Cap
 
 
 def test_data_commands_start_no_jax() -> None:
-    modules = [door.COMMANDS[name].module for name in ("record", "view", "convert")]  # grain brings it to the doctor
+    names = ("record", "view", "robocoin", "convert")  # grain brings it to the doctor
+    modules = [door.COMMANDS[name].module for name in names]
     code = f"import sys, {', '.join(modules)}; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
@@ -147,6 +148,7 @@ ADDRESSED = {
     "record": ["--task=insertion", "--out=ADDRESS"],
     "doctor": ["ADDRESS"],
     "view": ["ADDRESS", "--episode=0"],
+    "robocoin": ["ADDRESS", "--out=x.toml"],
     "convert": ["--dataset=x", "--out=ADDRESS"],
     "encode-text": ["--weights=x", "--tokenizer=x", "--cache=x", "--dataset", "x", "ADDRESS"],
     "encode-video": ["--config=tests/tiny_config.py", "--config.data.latents=ADDRESS"],

@@ -184,6 +184,12 @@ def _size(rows: Rows) -> int:
 _USED = _Used()
 
 
+def keep_rows(size: int) -> None:
+    """From here on all readers of this process keep so many bytes of rows, and always the episode used last."""
+    global BYTES_KEPT
+    BYTES_KEPT = size
+
+
 class _Kept:
     """One reader's share of `_USED`, which goes with it. In another process it starts empty."""
 
