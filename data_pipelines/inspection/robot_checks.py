@@ -235,10 +235,11 @@ class RowChecks:
         driven = [own[kind][:, np.array(self._vector(kind).places)[self._both]] for kind in KINDS]
         self._equal += (len(self._both) > 0 and np.array_equal(*driven), np.array_equal(states, actions))
         for (kind, side), d in self._gripper.items():
-            self._values.setdefault((kind, side), []).append(own[kind][:, self._vector(kind).places[d]])
+            # A copy, as a column would hold all the others in memory.
+            self._values.setdefault((kind, side), []).append(own[kind][:, self._vector(kind).places[d]].copy())
             if kind in scales:
                 column = min(SIDES.index(side), scales[kind].shape[1] - 1)
-                self._scales.setdefault((kind, side), []).append(scales[kind][:, column])
+                self._scales.setdefault((kind, side), []).append(scales[kind][:, column].copy())
         if self._arm.size:
             self._compare(state, action)
 
