@@ -21,12 +21,14 @@ from data_pipelines.episodes import DatasetError, Episodes
 from data_pipelines.files import absent, read_json
 from data_pipelines.normalization import RELEASED, RULES, Normalization
 from data_pipelines.paths import local_path
+from data_pipelines.readers.layouts import gripper_moves, is_gripper
 
 NAMES = ("mean", "std", "min", "max", "q01", "q99")
 KINDS = ("state", "action")
 TAIL = 0.01  # q01 and q99 leave this share of the rows outside
 BATCH_ROWS = 16_384  # rows a thread reduces at a time
 FILE = "dataset_stats.json"
+UNLIKE = 5.0  # grippers of one robot whose greatest values differ by more are not in one unit
 
 Statistics = dict[str, dict[str, np.ndarray]]
 Result = TypeVar("Result")
@@ -116,7 +118,8 @@ def compute_statistics(dataset: Episodes, how: Normalization = RELEASED) -> Stat
 def compute_by_robot(datasets: Iterable[Episodes], how: Normalization = RELEASED) -> dict[str, Statistics]:
     """Statistics of each robot over all of its datasets, by `robot`.
 
-    Raises DatasetError where datasets of one robot differ in what their numbers mean, and as `compute_statistics`.
+    Raises DatasetError where datasets of one robot differ in what their numbers mean or in the unit of a gripper, and
+    as `compute_statistics`.
     """
     groups = _by_robot(datasets)
     for robot, (first, *others) in groups.items():
@@ -130,6 +133,24 @@ def compute_by_robot(datasets: Iterable[Episodes], how: Normalization = RELEASED
     return {robot: _compute(group, how) for robot, group in groups.items()}
 
 
+def grippers_unlike(robot: str, number: str, ranges: Mapping[str, tuple[float, float]]) -> str:
+    """What is wrong with a gripper's (least, greatest) value in the datasets of a robot, by folder; "" for nothing.
+
+    Those in which it does not move tell no unit.
+    """
+    moving = {name: ends for name, ends in ranges.items() if gripper_moves(*ends)}
+    reach = {name: max(map(abs, ends)) for name, ends in moving.items()}
+    if not reach or max(reach.values()) <= UNLIKE * min(reach.values()):
+        return ""
+    small, large = (of(reach, key=reach.__getitem__) for of in (min, max))
+    told = (f"from {moving[name][0]:.4g} to {moving[name][1]:.4g} in {name}" for name in (small, large))
+    return (
+        f"The robot {robot!r} has its {number} {' and '.join(told)}, which cannot be one unit: their statistics would "
+        "fit neither. In the subset file, write what one of them records of a closed and of an open gripper, as in "
+        'gripper = { closed = 0.0, open = 100.0 }, leave it out by exclude = "...", or name the robots apart.'
+    )
+
+
 def describe_losses(datasets: Iterable[Episodes], statistics: Mapping[str, Statistics]) -> Iterator[str]:
     """What normalising by `statistics`, by robot, takes from the rows of these datasets, in sentences.
 
@@ -137,7 +158,8 @@ def describe_losses(datasets: Iterable[Episodes], statistics: Mapping[str, Stati
     """
     for robot, group in _by_robot(datasets).items():
         stats = statistics[robot]
-        parts = _of_rows(group, lambda rows, stats=stats: {kind: _cut(rows(kind), stats[kind]) for kind in KINDS})
+        runs = _of_rows(group, lambda rows, stats=stats: {kind: _cut(rows(kind), stats[kind]) for kind in KINDS})
+        parts = [part for of_dataset in runs for part in of_dataset]
         total = sum(dataset.lengths.sum() for dataset in group)
         for kind in KINDS:
             low, high, cut = (np.stack(x) for x in zip(*(part[kind] for part in parts), strict=True))
@@ -268,8 +290,23 @@ def _compute(datasets: Sequence[Episodes], how: Normalization) -> Statistics:
         "state": how.of("state", first.state_names, first.state_dim),
         "action": how.of("action", first.action_names, first.action_dim),
     }
-    partials = _of_rows(datasets, lambda rows: {kind: Partial.of(rows(kind), total) for kind in KINDS})
+    runs = _of_rows(datasets, lambda rows: {kind: Partial.of(rows(kind), total) for kind in KINDS})
+    for kind in KINDS:
+        _check_grippers(kind, datasets, [[part[kind] for part in of_dataset] for of_dataset in runs])
+    partials = [part for of_dataset in runs for part in of_dataset]
     return {kind: reduce(Partial.merge, (part[kind] for part in partials)).finish() | chosen[kind] for kind in KINDS}
+
+
+def _check_grippers(kind: str, datasets: Sequence[Episodes], runs: Sequence[Sequence[Partial]]) -> None:
+    """Raises DatasetError where a gripper of the layout has not one unit. runs: of each dataset."""
+    for d, name in enumerate(getattr(datasets[0], f"{kind}_names")):
+        if is_gripper(name):
+            ranges = {
+                str(dataset.root): (min(part.min[d] for part in parts), max(part.max[d] for part in parts))
+                for dataset, parts in zip(datasets, runs, strict=True)
+            }
+            if problem := grippers_unlike(datasets[0].robot, f"{name} ({kind})", ranges):
+                raise DatasetError(problem)
 
 
 def _cut(rows: np.ndarray, stats: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -277,18 +314,21 @@ def _cut(rows: np.ndarray, stats: Mapping[str, np.ndarray]) -> tuple[np.ndarray,
     return rows.min(0), rows.max(0), (rows != normalization.recoverable(rows, stats)).sum(0)
 
 
-def _of_rows(datasets: Sequence[Episodes], work: Callable[[Callable[[str], np.ndarray]], Result]) -> list[Result]:
-    """What `work` makes of runs of rows, all of which together are those of the datasets. It is called in threads
-    with a function that reads the run's states or actions [n, d]."""
+def _of_rows(
+    datasets: Sequence[Episodes], work: Callable[[Callable[[str], np.ndarray]], Result]
+) -> list[list[Result]]:
+    """What `work` makes of runs of rows, by dataset; all runs together are the rows of the datasets. It is called in
+    threads with a function that reads the run's states or actions [n, d]."""
 
     def of(task: tuple[Episodes, range]) -> Result:
         dataset, batch = task
         read = {"state": dataset.states, "action": dataset.actions}
         return work(lambda kind: np.concatenate([read[kind](episode) for episode in batch]))
 
-    tasks = [(dataset, batch) for dataset in datasets for batch in _batches(dataset.lengths)]
+    tasks = [[(dataset, batch) for batch in _batches(dataset.lengths)] for dataset in datasets]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(of, tasks))
+        done = pool.map(of, [task for of_dataset in tasks for task in of_dataset])
+        return [[next(done) for _ in of_dataset] for of_dataset in tasks]
 
 
 def _batches(lengths: np.ndarray) -> list[range]:

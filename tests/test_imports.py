@@ -47,15 +47,15 @@ DATA = {
     "embodiment": {"episodes"},
     "readers": {"episodes", "embodiment", "canvas", "tfds", "disk", "paths", "files"},
     "caches": {"episodes", "canvas", "progress", "disk", "ownership", "processes", "paths", "files"},
-    "statistics": {"episodes", "normalization", "disk", "paths", "files"},
+    "statistics": {"episodes", "normalization", "readers", "disk", "paths", "files"},
     "fingerprint": {"episodes", "readers"},
     "windows": {"episodes", "caches", "normalization", "statistics"},
     "loader": {"episodes", "caches", "statistics", "windows", "processes"},
     "simulation": {"progress", "processes"},
     "recording": {"simulation", "progress", "episodes", "disk", "ownership", "processes", "paths"},
     "inspection": {
-        "episodes", "embodiment", "readers", "normalization", "canvas", "windows", "loader", "recording", "progress",
-        "processes", "disk", "tfds",
+        "episodes", "embodiment", "readers", "normalization", "statistics", "canvas", "windows", "loader", "recording",
+        "progress", "processes", "disk", "tfds",
     },
     "tfds": {"episodes", "readers", "caches", "progress", "disk", "processes", "ownership", "paths", "files"},
 }

@@ -12,15 +12,14 @@ import numpy as np
 
 from data_pipelines.embodiment import Vector
 from data_pipelines.episodes import Episodes
-from data_pipelines.readers.excerpt import STILL, still_end
-from data_pipelines.readers.layouts import LAYOUTS, is_gripper
+from data_pipelines.readers.excerpt import still_end
+from data_pipelines.readers.layouts import LAYOUTS, gripper_moves, is_gripper
 from data_pipelines.readers.lerobot import LeRobotV21
 from data_pipelines.readers.naming import KINDS, SIDES, Span, number_of
 from data_pipelines.readers.robocoin import bad_rows
 
 SCALE = "gripper_open_scale_{}"  # the feature in which some datasets repeat their grippers, from 0 closed to 1 open
 RELATED = 0.5  # correlation from which on two numbers go together
-MOVES = 0.01  # a gripper whose range is a smaller part of its greatest value does not move
 LAGS = (0, 1, 2, 4, 8)  # rows by which an action may be ahead of the state
 CROSSED = 0.5  # actions are of the other arm if they are nearer to it by this factor
 APART = 0.02  # rad; arms that differ by less cannot be told apart
@@ -104,8 +103,7 @@ class Range:
     @property
     def moves(self) -> bool:
         """Whether there is more than noise."""
-        span = self.greatest - self.least
-        return span > max(STILL, MOVES * max(abs(self.least), abs(self.greatest)))
+        return gripper_moves(self.least, self.greatest)
 
 
 @dataclass(frozen=True)

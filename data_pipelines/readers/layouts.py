@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from data_pipelines.embodiment import Vector
 from data_pipelines.readers.naming import SIDES, Span, UnmappableError, number_of, place_of
 
+REST, REST_PART = 0.005, 0.01  # how far a gripper at rest moves at most, and which part of its greatest value that is
 UNITS = {"_rad": "rad", "_open_scale": "0 closed .. 1 open"}  # by the end of a number's name
 
 
@@ -17,6 +18,11 @@ def unit_of(name: str) -> str:
 def is_gripper(name: str) -> bool:
     """Whether a number of a layout is a gripper's opening."""
     return name.endswith("_open_scale")
+
+
+def gripper_moves(least: float, greatest: float) -> bool:
+    """Whether there is more than noise in a gripper's range, in whatever unit."""
+    return greatest - least > max(REST, REST_PART * max(abs(least), abs(greatest)))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.episodes import DatasetError
+from data_pipelines.normalization import RULES, Normalization, denormalize, normalize
 from data_pipelines.readers.lerobot import open_lerobot
 from data_pipelines.statistics import (
     BATCH_ROWS,
@@ -135,6 +136,58 @@ def test_datasets_of_one_robot_must_mean_the_same(root: Path, tmp_path: Path) ->
     path.write_text(path.read_text().replace('"waist"', '"hip"'))
     with pytest.raises(DatasetError, match="both of the robot 'tiny', but their states or actions differ"):
         compute_by_robot([open_lerobot(root), open_lerobot(other)])
+
+
+# ---------------------------------------------------------------- mapped datasets
+class Grippers:
+    """Two numbers of a layout, a gripper among them, and one that the robot lacks."""
+
+    robot, state_dim, action_dim, instructions = "bot", 3, 3, ["lift"]
+    state_names = action_names = ("left_arm_joint_1_rad", "left_gripper_open_scale", "right_gripper_open_scale")
+    state_present = action_present = np.array([True, True, False])
+
+    def __init__(self, root: str, low: float, high: float, rows: int = 50) -> None:
+        self.root, self.lengths, self.starts = Path(root), np.array([rows, rows]), np.array([0, rows])
+        way = np.linspace(low, high, rows)
+        self._rows = np.stack([np.sin(way), way, 0 * way], 1).astype(np.float32)
+
+    def states(self, episode: int) -> np.ndarray:
+        return np.clip(self._rows, -1, 1)  # the states of all are alike
+
+    def actions(self, episode: int) -> np.ndarray:
+        return self._rows if episode else self._rows[:1].repeat(len(self._rows), 0)  # the first stands still
+
+
+def test_grippers_of_one_robot_in_two_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipelines.statistics.BATCH_ROWS", 50)  # an episode each
+    datasets = [Grippers("a", 0, 1), Grippers("b", -0.1, 0.9), Grippers("c", 0, 100)]
+    with pytest.raises(DatasetError) as stopped:
+        compute_by_robot(datasets)
+    assert str(stopped.value).startswith(
+        "The robot 'bot' has its left_gripper_open_scale (action) from -0.1 to 0.9 in b and from 0 to 100 in c, which "
+        "cannot be one unit: their statistics would fit neither. In the subset file, write what one of them records "
+        "of a closed and of an open gripper, "
+        "as in gripper = { closed = 0.0, open = 100.0 }, leave it out by exclude = "
+    )
+    compute_by_robot(datasets[:2])
+    compute_by_robot([datasets[0], Grippers("d", 0, 4.9), Grippers("still", 100, 100.9)])
+    with pytest.raises(DatasetError, match="from 0 to 0.19 in mm"):
+        compute_by_robot([datasets[0], Grippers("mm", 0, 0.19)])
+    datasets[2].robot = "other"
+    compute_by_robot(datasets)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_numbers_that_a_robot_lacks_stay_zero(rule: str) -> None:
+    stats = compute_by_robot([Grippers("a", 0.2, 1), Grippers("b", 0.3, 1)], Normalization(rule, rule))["bot"]
+    rows = np.concatenate([Grippers("a", 0.2, 1).actions(1), Grippers("b", 0.3, 1).actions(1)])
+    for kind in ("state", "action"):
+        assert all(stats[kind][name][2] == 0 for name in NAMES)
+        normalized = normalize(rows, stats[kind])
+        assert (normalized[:, 2] == 0).all() and (normalized[:, :2] != 0).any(0).all()
+        back = denormalize(normalized, stats[kind])
+        assert (back[:, 2] == 0).all()
+        np.testing.assert_allclose(back, rows, atol=1e-6)  # float32 of numbers about 1
 
 
 def test_statistics_by_robot_need_names_and_files(root: Path, tmp_path: Path) -> None:
