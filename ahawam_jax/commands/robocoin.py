@@ -9,6 +9,7 @@ from data_pipelines.episodes import DatasetError
 from data_pipelines.inspection.choosing import SelectError, draw, selection
 from data_pipelines.inspection.findings import Finding
 from data_pipelines.inspection.overview import table
+from data_pipelines.inspection.page import SUFFIXES, write_page
 from data_pipelines.inspection.proposal import propose, to_toml
 from data_pipelines.inspection.scan import scan
 from data_pipelines.paths import local_path
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--hours", type=float, help="draw about so many of what is left, every robot in its share")
     parser.add_argument("--seed", type=int, default=0, help="of that draw (default %(default)s)")
+    parser.add_argument("--report", type=local_path, help="also a page of plots (.png or .pdf)")
     chosen = parser.parse_args(argv)
     try:
         wanted = selection(chosen.select) if chosen.select else None
@@ -40,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--out is {chosen.out}: expected a name that ends in .toml")
     if not chosen.out.parent.is_dir():
         parser.error(f"--out is {chosen.out}: the folder {chosen.out.parent} does not exist; make it first")
+    if chosen.report and chosen.report.suffix not in SUFFIXES:
+        parser.error(f"--report is {chosen.report}: expected a name that ends in {' or '.join(SUFFIXES)}")
     if chosen.hours is not None and not 0 < chosen.hours < float("inf"):
         parser.error(f"--hours is {chosen.hours:g}: expected a positive number")
     try:
@@ -69,5 +73,8 @@ def _write(chosen: argparse.Namespace, wanted: Callable[[Finding], bool] | None)
         partial.write_text(to_toml(proposal, chosen.folder, chosen.out, about), "utf-8")
     for line in (*about[1:], *table(proposal)):
         print(line)
+    if chosen.report:
+        with writing(chosen.report, f"{chosen.out} is written."):
+            write_page(proposal, chosen.report, f"{chosen.out.name}: a subset of {chosen.folder}")
     hours = sum(candidate.finding.hours for candidate in proposal.included)
     print(f"\n{chosen.out}: {len(proposal.included)} datasets, {hours:.1f} hours. Look through it, then train.")

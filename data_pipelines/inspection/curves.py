@@ -128,7 +128,7 @@ def _draw_panel(draw: ImageDraw.ImageDraw, panel: Panel, box: tuple[int, int, in
     draw.text((left, top - 6 * SCALE), panel.title, INK, title, anchor="ls")
     if len(both) == 2:
         draw.text((right, top - 6 * SCALE), "state bold, action thin", FAINT, small, anchor="rs")
-    for value in _ticks(float(middle - half), float(middle + half)):
+    for value in ticks(float(middle - half), float(middle + half)):
         y = xy(np.array([value]))[0][1]
         draw.line((left, y, right, y), GRID, SCALE)
         draw.text((left - 5 * SCALE, y), f"{value:.3g}", FAINT, small, anchor="rm")
@@ -146,7 +146,7 @@ def _draw_panel(draw: ImageDraw.ImageDraw, panel: Panel, box: tuple[int, int, in
         x += wide
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Two to five round values within the range."""
     least = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(least))

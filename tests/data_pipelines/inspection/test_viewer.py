@@ -11,7 +11,7 @@ from PIL import Image
 
 from ahawam_jax.commands.view import main
 from data_pipelines.inspection import viewer as view
-from data_pipelines.inspection.curves import Curves, Panel, _ticks, panels_of
+from data_pipelines.inspection.curves import Curves, Panel, panels_of, ticks
 from data_pipelines.readers.opening import open_episodes
 from tests.data_pipelines import tiny_dataset as tiny
 from tests.data_pipelines.readers import test_robotwin as robotwin
@@ -155,10 +155,10 @@ def test_curve_that_never_changes() -> None:
 
 
 def test_ticks_are_round() -> None:
-    assert _ticks(-1.05, 1.05) == [-1, 0, 1]
-    assert _ticks(0, 1) == [0, 0.5, 1]
-    assert _ticks(-3.2, 3.2) == [-2, 0, 2]
-    assert _ticks(9.0, 11.0) == [9, 9.5, 10, 10.5, 11]
+    assert ticks(-1.05, 1.05) == [-1, 0, 1]
+    assert ticks(0, 1) == [0, 0.5, 1]
+    assert ticks(-3.2, 3.2) == [-2, 0, 2]
+    assert ticks(9.0, 11.0) == [9, 9.5, 10, 10.5, 11]
 
 
 # ---------------------------------------------------------------- refusals
