@@ -70,7 +70,8 @@ class Reading:
 
     cameras: {view: recorded camera}; None: found by name. A view that it lacks is black.  state, action: {number of
     the layout: recorded name or place}, "" for one that the robot has not.  gripper: its unit.  doubtful: why the unit
-    must be stated, "" where it need not.
+    must be stated, "" where it need not.  lead: the action of a row is the one recorded so many rows later; 1 where a
+    robot without commands recorded its states as actions, of which the next is the one to reach.
     """
 
     cameras: Mapping[str, str] | None = field(default=None, hash=False)
@@ -78,6 +79,7 @@ class Reading:
     action: Mapping[str, str | int] = field(default_factory=dict, hash=False)
     gripper: Gripper | None = None
     doubtful: str = ""
+    lead: int = 0
 
     def over(self, other: "Reading") -> "Reading":
         """This one, and where it says nothing, the other."""
@@ -87,6 +89,7 @@ class Reading:
             {**other.action, **self.action},
             self.gripper or other.gripper,
             self.doubtful or other.doubtful,
+            self.lead or other.lead,
         )
 
 

@@ -136,7 +136,7 @@ class Mapped(Episodes):
         self.views = dict(said.cameras) if said.cameras is not None else find_cameras(source.cameras, where)
         source.require_cameras(list(self.views.values()))
         absent = tuple(view for view in CAMERAS if view not in self.views)
-        self.source, self.layout = source, layout
+        self.source, self.layout, self._lead = source, layout, said.lead
         self.embodiment = Embodiment(vectors["state"], vectors["action"], absent)
         self.root, self.robot, self.fps = source.root, robot, source.fps
         self.lengths, self.starts, self.instructions = source.lengths, source.starts, source.instructions
@@ -149,7 +149,8 @@ class Mapped(Episodes):
         return self.embodiment.state.to_layout(self.source.states(episode))
 
     def actions(self, episode: int) -> np.ndarray:
-        return self.embodiment.action.to_layout(self.source.actions(episode))
+        rows = self.embodiment.action.to_layout(self.source.actions(episode))
+        return rows[np.minimum(np.arange(len(rows)) + self._lead, len(rows) - 1)] if self._lead else rows
 
     def timestamps(self, episode: int) -> np.ndarray:
         return self.source.timestamps(episode)

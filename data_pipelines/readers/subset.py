@@ -238,6 +238,7 @@ _ROBOT: dict[str, Rule] = {  # of a [robot.NAME], and of each [[dataset]]
     ),
     "gripper": (dict, lambda value: True, "a table, as { closed = 0.0, open = 100.0 }"),
     **dict.fromkeys(KINDS, _NUMBERS),
+    "lead": (int, lambda value: value >= 0, "rows by which the recorded action is early, 0 or more"),
 }
 _NEEDED: dict[str, Rule] = {
     "name": (str, is_name, "letters, digits, dots, _ and -"),

@@ -159,11 +159,11 @@ def write_video(
     images: list[np.ndarray],
     codec: str = "libx264",
     options: dict[str, str] = VIDEO_OPTIONS,
-    fps: int = FPS,
+    fps: int | None = None,
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream(codec, rate=fps, options=options)
+        stream = container.add_stream(codec, rate=fps or FPS, options=options)
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         for image in images:

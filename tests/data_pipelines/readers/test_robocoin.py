@@ -89,6 +89,13 @@ def test_units_of_the_gripper(root: Path) -> None:
     np.testing.assert_array_equal(mapped.actions(1), plain.actions(1))
 
 
+def test_actions_that_are_due_later(root: Path) -> None:
+    plain, later = (Mapped(open_robocoin(root), SIX, "bot", Reading(lead=lead)) for lead in (0, 2))
+    expected = np.concatenate([plain.actions(1)[2:], plain.actions(1)[[-1, -1]]])
+    np.testing.assert_array_equal(later.actions(1), expected)
+    np.testing.assert_array_equal(later.states(1), plain.states(1))
+
+
 def test_direction_that_must_be_said(broken: Path) -> None:
     tiny.change_info(broken, robot_type="ruantong_a2d")
     source = open_robocoin(broken)

@@ -76,6 +76,7 @@ def test_example_of_a_subset_file() -> None:
     assert entries[0].path == path.parent / "RoboCOIN/Cobot_Magic_fold_towel"
     assert entries[1].said.cameras["cam_high"] == "cam_head_left_rgb" and entries[2].said.gripper.action[0] == (0, 10)
     assert {entry.layout for entry in entries} == {"two_arms"} and entries[2].without == (3, 17)
+    assert entries[2].said.lead == 1
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,7 @@ def test_example_of_a_subset_file() -> None:
         ({"gripper": {"closed": 0}}, "gripper is .*expected what is recorded of a closed and of an open"),
         ({"exclude": ""}, "exclude is '', expected why the dataset is left out"),
         ({"without": [1.5]}, "without is .*expected a list of episodes"),
+        ({"lead": 0.5}, "lead is 0.5, expected rows by which the recorded action is early"),
         ({"still_tail": -1}, "still_tail is -1, expected seconds"),
         ({"cameras": {"cam_left_wrist": "x"}}, "cameras is .*expected a table of the views cam_high"),
         ({"cameras": {"cam_high": "x", "cam_low": "y"}}, "cameras is .*expected a table"),
@@ -186,7 +188,7 @@ def test_what_is_said_of_a_robot(root: Path) -> None:
     with pytest.raises(DatasetError, match="tables of the robots bod, which no dataset has"):
         load_subset(path)
     path.write_text(path.read_text().replace("[robot.bod]\ngripper", "[robot.bot]\ngrip"))
-    with pytest.raises(DatasetError, match="robot.bot must be a table that may have cameras, gripper, state, action"):
+    with pytest.raises(DatasetError, match="robot.bot must be a table that may have cameras, gripper, state"):
         load_subset(path)
 
 
