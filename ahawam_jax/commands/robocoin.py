@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
         metavar="EXPRESSION",
         help="use only datasets that it holds for, as in 'arms == 2 and gripper and joints == 6'",
     )
+    parser.add_argument(
+        "--videos", action="store_true", help="also ask the header of every video whether it has a frame for each row"
+    )
     parser.add_argument("--hours", type=float, help="draw about so many of what is left, every robot in its share")
     parser.add_argument("--seed", type=int, default=0, help="of that draw (default %(default)s)")
     parser.add_argument("--report", type=local_path, help="also a page of plots (.png or .pdf)")
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write(chosen: argparse.Namespace, wanted: Callable[[Finding], bool] | None) -> None:
-    found = scan(chosen.folder, chosen.out.with_name(f"{chosen.out.name}.scan.jsonl"))
+    found = scan(chosen.folder, chosen.out.with_name(f"{chosen.out.name}.scan.jsonl"), chosen.videos)
     about = [f"A subset of the {len(found)} datasets below {chosen.folder}, proposed by ahawam robocoin."]
     if wanted:
         # Of one whose metadata cannot be read nothing is known: it stays in sight.

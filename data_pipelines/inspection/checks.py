@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 
 from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.inspection.video_headers import header
 from data_pipelines.loader import THREADS
 from data_pipelines.normalization import RELEASED, label, losses, recoverable
 from data_pipelines.readers.base import BLOCK, GRID_TOLERANCE
@@ -76,14 +76,14 @@ def check_rows(dataset: Episodes, episode: int) -> Check:
 def check_frames(dataset: Episodes, promised: dict[Path, int], episode: int, camera: str, whole: bool) -> Check:
     """Decodes frames of an episode, first and last among them; all of them if `whole` or if the video is too short.
 
-    promised: frames per video file, from `promised_frames`.
+    promised: frames per video file, from `video_headers.promised_frames`.
     """
     length = int(dataset.lengths[episode])
     warning, codec = "", "JPEG"
     try:
         if isinstance(as_recorded(dataset)[0], LeRobot):
             path, _ = dataset.picture_file(episode, camera)
-            found, codec = _header(path)
+            found, codec = header(path)
             # The reader names the missing frame when it meets it, so it must come by.
             whole |= found < promised[path]
             if found > promised[path]:
@@ -97,20 +97,6 @@ def check_frames(dataset: Episodes, promised: dict[Path, int], episode: int, cam
     except DatasetError as error:
         return Check(str(error), warning, codec)
     return Check("", warning, codec)
-
-
-def promised_frames(dataset: Episodes) -> dict[Path, int]:
-    """Number of frames that the episodes of a LeRobot dataset need in each of its video files."""
-    recorded, cameras = as_recorded(dataset)
-    promised: dict[Path, int] = {}
-    for camera in cameras if isinstance(recorded, LeRobot) else ():
-        for episode, length in enumerate(recorded.lengths):
-            try:
-                path, first = recorded.video(episode, IMAGE_PREFIX + camera)
-            except DatasetError:  # told by check_frames
-                continue
-            promised[path] = max(promised.get(path, 0), first + int(length))
-    return promised
 
 
 def unclaimed_frames(dataset: Episodes, cameras: Sequence[str]) -> Iterator[str]:
@@ -127,16 +113,6 @@ def unclaimed_frames(dataset: Episodes, cameras: Sequence[str]) -> Iterator[str]
                 f"{frames} frames of {camera} lie before those of episode {episode} in its file and belong to none"
                 f"{others}; unless episodes were taken out, from_timestamp is wrong there."
             )
-
-
-def _header(path: Path) -> tuple[int, str]:
-    """Number of frames and codec as the file itself says, (0, "") where it cannot be opened."""
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            return stream.frames, stream.codec.canonical_name
-    except (av.error.FFmpegError, UnicodeDecodeError, IndexError, AttributeError):
-        return 0, ""
 
 
 # ---------------------------------------------------------------- all episodes

@@ -26,10 +26,10 @@ from data_pipelines.inspection.checks import (
     describe_rows,
     loader_threads,
     measure,
-    promised_frames,
     tabulate,
     unclaimed_frames,
 )
+from data_pipelines.inspection.video_headers import promised_frames
 from data_pipelines.loader import Source, check_alike
 from data_pipelines.normalization import CLIP
 from data_pipelines.progress import Progress, finish_line

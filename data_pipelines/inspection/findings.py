@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.canvas import CAMERAS
-from data_pipelines.embodiment import Vector
+from data_pipelines.embodiment import Embodiment, Vector
 from data_pipelines.episodes import DatasetError, Episodes
 from data_pipelines.inspection.robot_checks import (
     RowChecks,
     RowFindings,
     check_names,
     gripper_scales,
-    vector_by_name,
 )
+from data_pipelines.inspection.video_headers import too_short
 from data_pipelines.readers.layouts import LAYOUTS, default_layout, is_gripper
 from data_pipelines.readers.naming import AS_NAMED, KINDS, SIDES, Reading, number_of
 from data_pipelines.readers.robocoin import Mapped, bad_rows, open_robocoin
@@ -118,26 +119,38 @@ class Finding:
         return cls(**{**tuples, "grippers": tuple(Grip(**grip) for grip in record["grippers"])})
 
 
-def state_of_files(root: Path) -> str:
-    """A text that changes with all that a finding without videos depends on: names, sizes and times of the files."""
+def state_of_files(root: Path, videos: bool = False) -> str:
+    """A text that changes with all that a finding depends on: names, sizes and times of the files."""
     digest = hashlib.sha256(str(VERSION).encode())
-    for folder in ("meta", "annotations", "data"):
-        for path in sorted((root / folder).rglob("*")):
-            about = path.stat() if path.exists() else path.lstat()
-            digest.update(f"{path.relative_to(root)} {about.st_size} {about.st_mtime_ns}\n".encode())
+    for folder in ("meta", "annotations", "data", *["videos"] * videos):
+        for where, below, files in os.walk(root / folder):
+            below.sort()
+            for path in (os.path.join(where, name) for name in sorted(files)):
+                about = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link to nothing
+                digest.update(f"{os.path.relpath(path, root)} {about.st_size} {about.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
 def find(root: Path, path: str, videos: bool = False) -> Finding:
-    """Reads the metadata and rows of the dataset in a folder, no pictures. path: what the finding is to call it."""
+    """Reads the metadata and rows of the dataset in a folder, no pictures.
+
+    path: what the finding is to call it.  videos: also the header of every video that a view needs.
+    """
     try:
         dataset = open_robocoin(root)
     except (DatasetError, OSError) as error:
         return Finding(path, problem=str(error))
     said = _metadata(dataset)
-    if said.get("unmappable"):
-        return Finding(path, **said)
-    return Finding(path, **said, **_rows(dataset))
+    try:
+        # What is recorded of a gripper is for `units` to say.
+        mapped = Mapped(dataset, LAYOUT, dataset.robot, Reading(gripper=AS_NAMED))
+    except DatasetError as error:
+        return Finding(path, **said, unmappable=str(error))
+    has = {"state": mapped.state_present, "action": mapped.action_present}
+    said["present"] = {kind: tuple(np.array(LAYOUT.names)[has[kind]].tolist()) for kind in KINDS}
+    said["absent"] = mapped.embodiment.absent
+    said["videos"] = tuple(too_short(mapped)) if videos else ()
+    return Finding(path, **said, **_rows(dataset, mapped.embodiment))
 
 
 # ---------------------------------------------------------------- metadata
@@ -147,7 +160,7 @@ def _metadata(dataset: Episodes) -> dict[str, Any]:
     driven = {kind: {number_of(name) for name in names[kind]} for kind in KINDS}
     joints = [sum(name.startswith(f"{side}_arm_joint") for name in driven["action"]) for side in SIDES]
     hands = [sum(name.startswith(f"{side}_hand_joint") for name in names["action"]) for side in SIDES]
-    said: dict[str, Any] = {
+    return {
         "robot": dataset.robot,
         "rate": dataset.fps,
         "lengths": tuple(dataset.lengths.tolist()),
@@ -162,22 +175,14 @@ def _metadata(dataset: Episodes) -> dict[str, Any]:
         "unnamed": {kind: places for kind, places in checked.unnamed.items() if places},
         "misplaced": tuple(dict.fromkeys(name for kind in KINDS for name in checked.misplaced[kind])),
     }
-    try:
-        # What is recorded of a gripper is for `proposal` to say.
-        mapped = Mapped(dataset, LAYOUT, dataset.robot, Reading(gripper=AS_NAMED))
-    except DatasetError as error:
-        return said | {"unmappable": str(error)}
-    has = {"state": mapped.state_present, "action": mapped.action_present}
-    present = {kind: tuple(np.array(LAYOUT.names)[has[kind]].tolist()) for kind in KINDS}
-    return said | {"present": present, "absent": mapped.embodiment.absent}
 
 
 # ---------------------------------------------------------------- rows
-def _rows(dataset: Episodes) -> dict[str, Any]:
+def _rows(dataset: Episodes, embodiment: Embodiment) -> dict[str, Any]:
     """What all episodes that can be read show together, and which cannot."""
     broken: dict[int, str] = {}
     off = 0.0
-    checks = RowChecks(*_vectors(dataset), LAYOUT.names)
+    checks = RowChecks(*_vectors(dataset, embodiment), LAYOUT.names)
     for episode, length in enumerate(dataset.lengths):
         try:
             states, actions = dataset.states(episode), dataset.actions(episode)
@@ -191,17 +196,17 @@ def _rows(dataset: Episodes) -> dict[str, Any]:
     return said if len(broken) == len(dataset.lengths) else said | _shown(checks.finish(), dataset.fps)
 
 
-def _vectors(dataset: Episodes) -> list[Vector]:
+def _vectors(dataset: Episodes, embodiment: Embodiment) -> list[Vector]:
     """State and action, grippers in a unit of about their size: in it a tail shows whether it stands still."""
     few = range(0, len(dataset.lengths), -(-len(dataset.lengths) // SAMPLED))
     vectors = []
-    for kind, read in (("state", dataset.states), ("action", dataset.actions)):
-        vector = vector_by_name(getattr(dataset, f"{kind}_names"))
-        places = [place for name, place in zip(LAYOUT.names, vector.places, strict=True) if is_gripper(name)]
+    for vector, read in ((embodiment.state, dataset.states), (embodiment.action, dataset.actions)):
+        grippers = [place for name, place in zip(LAYOUT.names, vector.places, strict=True) if is_gripper(name)]
+        there = [place for place in grippers if place >= 0]
         greatest = 0.0
         for episode in few:
             try:
-                greatest = max(greatest, float(np.abs(read(episode)[:, [p for p in places if p >= 0]]).max(initial=0)))
+                greatest = max(greatest, float(np.abs(read(episode)[:, there]).max(initial=0)))
             except (DatasetError, OSError):
                 continue  # it is met again
         unit = power_of_ten(greatest)

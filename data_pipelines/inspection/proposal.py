@@ -139,7 +139,8 @@ def _fault(finding: Finding) -> tuple[str, str] | None:
     if finding.unmappable:
         return UNMAPPABLE, finding.unmappable
     if finding.videos:
-        return VIDEOS, " ".join(finding.videos)
+        more = f" So it is with {len(finding.videos) - 1} others." if finding.videos[1:] else ""
+        return VIDEOS, finding.videos[0] + more
     if finding.equal:
         return EQUAL, "every action equals the state of its own row: a policy would learn to stand still"
     if finding.crossed or finding.misplaced:

@@ -46,7 +46,7 @@ def scan(root: Path, kept: Path, videos: bool = False) -> list[Finding]:
     root = root.resolve()
     names = {str(path.relative_to(root)): path for path in folders(root)}
     found: dict[str, Finding] = {}
-    keys = {name: f"{state_of_files(path)} {'videos' * videos}" for name, path in names.items()}
+    keys = {name: state_of_files(path, videos) for name, path in names.items()}
     for record in _read(kept):
         if keys.get(record["finding"]["path"]) == record["key"]:
             found[record["finding"]["path"]] = Finding.from_json(record["finding"])

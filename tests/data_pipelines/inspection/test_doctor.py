@@ -16,6 +16,7 @@ from data_pipelines.canvas import Canvas
 from data_pipelines.episodes import DatasetError
 from data_pipelines.inspection import checks as doctor_checks
 from data_pipelines.inspection import doctor
+from data_pipelines.inspection.video_headers import promised_frames
 from data_pipelines.loader import Source, make_loader
 from data_pipelines.readers.base import Reader
 from data_pipelines.readers.opening import open_episodes
@@ -165,7 +166,7 @@ def test_frames_promised_by_episodes_in_any_order(healthy: dict[str, Path], tmp_
     column = "videos/observation.images.cam_high/from_timestamp"
     path = root / "meta/episodes/chunk-000/file-000.parquet"
     tiny.change_column(path, column, lambda _: pa.array([tiny.LENGTHS[1] / tiny.FPS, 0.0, 0.0]))
-    promised = doctor_checks.promised_frames(open_episodes(root))
+    promised = promised_frames(open_episodes(root))
     assert promised[tiny.video_path(root, "cam_high", 0)] == tiny.LENGTHS[0] + tiny.LENGTHS[1]
     assert promised[tiny.video_path(root, "cam_high", 2)] == tiny.LENGTHS[2]
 

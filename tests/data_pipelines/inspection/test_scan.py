@@ -101,6 +101,23 @@ def test_a_gripper_s_noise_does_not_hide_a_tail(tmp_path: Path, monkeypatch: pyt
     assert [power_of_ten(x) for x in (0.0, 0.02, 1.0, 1.09, 1.2, 100.0, 850.0)] == [1, 1, 1, 1, 10, 100, 1000]
 
 
+def test_videos_are_asked_for_their_frames(tmp_path: Path) -> None:
+    """Not that of a camera that no view needs."""
+    for name, rows in (("set", 40), ("less", 30)):
+        Synthetic(UNSEEN["one_arm"], (rows, rows), depth=("cam_depth",)).write(tmp_path / name)
+    assert find(tmp_path / "set", "set", videos=True).videos == ()
+    before = state_of_files(tmp_path / "set", True)
+    videos = [tmp_path / "set/videos/chunk-000" / f"observation.images.{x}" for x in ("cam_high_rgb", "cam_depth")]
+    places = [(folder / "episode_000001.mp4").relative_to(tmp_path / "set") for folder in videos]
+    for place in places:
+        shutil.copy(tmp_path / "less" / place, tmp_path / "set" / place)
+    (said,) = find(tmp_path / "set", "set", videos=True).videos
+    assert said == f"{tmp_path / 'set' / places[0]} holds 30 frames, its rows need 40; copy it again."
+    assert state_of_files(tmp_path / "set", True) != before
+    (tmp_path / "set" / places[0]).unlink()
+    assert "does not exist, its rows need 40" in find(tmp_path / "set", "set", videos=True).videos[0]
+
+
 # ---------------------------------------------------------------- many
 def test_a_broken_dataset_is_named_and_the_rest_go_on(tree: Path, tmp_path: Path) -> None:
     found = {finding.path: finding for finding in scan(tree, tmp_path / "kept")}
@@ -157,9 +174,7 @@ def test_links_are_followed_once(tree: Path, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the command
-def test_the_file_has_every_dataset_and_opens(
-    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_file_has_every_dataset_and_opens(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "subset.toml"
     assert robocoin.main([str(tree), "--out", str(out)]) == 0
     said = capsys.readouterr().out
