@@ -16,6 +16,7 @@ ODD = 5.0  # factor by which a dataset's numbers differ from those of its robot 
 STANDS = 0.005  # of the robot's greatest number: a gripper whose range is smaller does not move, and tells nothing
 
 Spans = dict[str, tuple[Span, Span]]  # {kind: (closed, open) of the left and the right gripper}
+Falls = tuple[bool | None, bool | None]  # of the left and the right gripper
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,26 @@ def unit_of(findings: Sequence[Finding]) -> Unit:
         if all(_agree(of, spans[kind]) for kind, of in grips.items()):
             return Unit(spans, True, measured, doubt, odd)
         measured += f"; the table of robots says {toml_gripper(spans)}, which does not fit"
-    falls = {kind: _fall(of) for kind, of in grips.items()}
-    spans = {kind: _turned(_ends(of), falls[kind] is True) for kind, of in grips.items()}
-    if any(falls.values()):
-        measured += f"; {' and '.join(f'{kind}s' for kind in falls if falls[kind])} fall as the gripper opens"
+    falls = {kind: _falls(of) for kind, of in grips.items()}
+    spans = {kind: _turned(_ends(of), falls[kind]) for kind, of in grips.items()}
+    if falling := [_which(kind, of) for kind, of in falls.items() if any(of)]:
+        measured += f"; {' and '.join(falling)} fall as the gripper opens"
     together = [r for f in rest for r in f.together.values()]
-    if not doubt and None in falls.values() and together and np.median(together) < -RELATED:
+    if not doubt and (None, None) in falls.values() and together and np.median(together) < -RELATED:
         doubt = "its actions fall where its states rise, and nothing tells which of them is greater when open"
     one = next(iter(spans.values()))
     return Unit({kind: spans.get(kind, one) for kind in KINDS}, False, measured, doubt, odd)
 
 
-def _turned(spans: tuple[Span, Span], turn: bool) -> tuple[Span, Span]:
-    left, right = spans
-    return (left[::-1], right[::-1]) if turn else spans
+def _turned(spans: tuple[Span, Span], falls: Falls) -> tuple[Span, Span]:
+    left, right = (span[::-1] if fall else span for span, fall in zip(spans, falls, strict=True))
+    return left, right
+
+
+def _which(kind: str, falls: Falls) -> str:
+    """What falls, of a kind of which something does."""
+    sides = [side for side, fall in zip(SIDES, falls, strict=True) if fall]
+    return f"{kind}s" if len(sides) == len(SIDES) else f"{sides[0]} {kind}s"
 
 
 def _odd(findings: Sequence[Finding]) -> dict[str, str]:
@@ -113,13 +120,20 @@ def _agree(grips: Sequence[Grip], spans: tuple[Span, Span]) -> bool:
         if low < -NEAR or high > ROOM:
             return False
         reached = max(reached, high)
-    return reached >= REACHED and _fall(grips) in (None, spans[0][0] > spans[0][1])
+    ways = zip(_falls(grips), spans, strict=True)
+    return reached >= REACHED and all(fall in (None, closed > opened) for fall, (closed, opened) in ways)
 
 
-def _fall(grips: Sequence[Grip]) -> bool | None:
-    """Whether they fall as the opening that was recorded beside them rises; None where none was."""
-    related = [grip.scale for grip in grips if grip.scale is not None and abs(grip.scale) > RELATED]
-    return bool(np.median(related) < 0) if related else None
+def _falls(grips: Sequence[Grip]) -> Falls:
+    """Whether they fall as the opening that was recorded beside them rises. A side beside which none was is taken to
+    go as the other, None where both are."""
+
+    def fall(side: str) -> bool | None:
+        related = [g.scale for g in grips if g.side == side and g.scale is not None and abs(g.scale) > RELATED]
+        return bool(np.median(related) < 0) if related else None
+
+    left, right = map(fall, SIDES)
+    return right if left is None else left, left if right is None else right
 
 
 def _ends(grips: Sequence[Grip]) -> tuple[Span, Span]:

@@ -99,6 +99,19 @@ def test_the_recorded_opening_tells_the_direction(tmp_path: Path) -> None:
     assert "states and actions fall as the gripper opens" in propose(found).units["bot"].measured
 
 
+def test_each_side_has_a_direction_of_its_own() -> None:
+    """As joints of two arms that mirror each other; a side without a recorded opening goes as the other."""
+    rows = tuple(
+        dataclasses.replace(grip, scale=-0.9 if grip.side == "right" else 0.9) for grip in grips((0.0, 100.0))
+    )
+    unit = unit_of([finding("a", grippers=rows)])
+    assert unit.spans["state"] == unit.spans["action"] == ((0.0, 100.0), (100.0, 0.0))
+    assert "right states and right actions fall as the gripper opens" in unit.measured
+    unknown = tuple(dataclasses.replace(grip, scale=None if grip.side == "left" else grip.scale) for grip in rows)
+    assert unit_of([finding("a", grippers=unknown)]).spans["state"] == ((100.0, 0.0),) * 2
+    assert not unit_of([finding("a", R1, grippers=rows)]).stated
+
+
 def test_what_the_table_says_is_not_written_unless_it_does_not_fit(tmp_path: Path) -> None:
     fits = propose([finding("a", R1, grippers=grips((0.0, 40.0))), finding("b", R1, grippers=grips((0.0, 99.0)))])
     assert fits.units[R1].stated and "gripper = " not in to_toml(fits, tmp_path, tmp_path / "x.toml", [])
