@@ -1,4 +1,7 @@
-"""One training step: frozen towers, joint loss, gradient accumulation, update, average."""
+"""One training step: frozen towers, joint loss, gradient accumulation, update, average.
+
+A step whose loss or gradient is not finite is skipped: it counts, and changes nothing else.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +24,7 @@ Batch = dict[str, jax.Array]
 class TrainState:
     """Everything a run needs to continue, apart from its configuration and data."""
 
-    step: jax.Array  # int32, updates done
+    step: jax.Array  # int32, steps done, skipped ones among them
     params: Any
     opt_state: optax.OptState
     ema: Any  # like params, or None
@@ -44,7 +47,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The pure function (state, batch, tower, key) -> (state, metrics).
 
-    The randomness of a step is a function of `key` and the step's number alone.
+    The randomness of a step is a function of `key` and the step's number alone. metrics["skipped"] is 1 where the step
+    was skipped, else 0.
     """
 
     def loss_and_gradient(params, batch, key):
@@ -82,6 +86,12 @@ def make_train_step(
             # Early on the average follows closely, so that it is not dominated by the initial values.
             decay = jnp.minimum(optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
             ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        metrics["skipped"] = 1.0 - finite
+        learned = (params, opt_state, ema)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), learned, (state.params, state.opt_state, state.ema)
+        )
+        return TrainState(state.step + 1, *kept), metrics
 
     return train_step

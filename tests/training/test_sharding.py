@@ -194,6 +194,24 @@ def test_accumulated_microbatches_are_averaged(tmp_path: Path) -> None:
     assert worst_difference(state.ema, expected) < 1e-5
 
 
+@pytest.mark.parametrize("action", [np.nan, 1e19], ids=["loss", "gradient"])  # 1e19: its norm alone is infinite
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tmp_path: Path, action: float) -> None:
+    model, tx, mesh = AhaWam(MODEL), make_optimizer(OPTIMIZER, 10), mesh_of(1, 2, 1)
+    state, _, layout = run(mesh, tmp_path, 1)
+    step = jax.jit(
+        make_train_step(model, tx, ObjectiveConfig(), OPTIMIZER), out_shardings=(layout, sharding.replicated(mesh))
+    )
+    batch = loader_batch()
+    with sharding.activation_rules(mesh):
+        good, fine = step(state, sharding.put_batch(batch, mesh), BlockTransform(), jax.random.key(7))
+        batch["action"][3] = action
+        bad, metrics = step(state, sharding.put_batch(batch, mesh), BlockTransform(), jax.random.key(7))
+    assert (fine["skipped"], metrics["skipped"]) == (0, 1)
+    assert np.isfinite(metrics["loss"]) == (action == 1e19) and not np.isfinite(metrics["gradient_norm"])
+    jax.tree.map(np.testing.assert_array_equal, bad, state.replace(step=state.step + 1))
+    assert worst_difference(good, state) > 1e-3  # where all is finite, it learns
+
+
 def test_activations_are_laid_out_by_their_logical_axes() -> None:
     mesh = mesh_of(2, 2, 2)
     x = jnp.zeros((8, 3, 5, 6))
