@@ -142,7 +142,10 @@ def _fault(finding: Finding) -> tuple[str, str] | None:
         more = f" So it is with {len(finding.videos) - 1} others." if finding.videos[1:] else ""
         return VIDEOS, finding.videos[0] + more
     if finding.equal:
-        return EQUAL, "every action equals the state of its own row: a policy would learn to stand still"
+        return EQUAL, (
+            "every action equals the state of its own row, and a policy would learn to stand still. Where the robot "
+            "recorded no commands, delete this line: by lead = 1 the action is the next row's state"
+        )
     if finding.crossed or finding.misplaced:
         names = f"{_some(finding.misplaced)} stand among the joints of the other arm"
         what = "the actions of each arm follow the states of the other" if finding.crossed else names
@@ -233,6 +236,8 @@ def _dataset(candidate: Candidate, below: str) -> Iterator[str]:
     yield f"robot = {_text(candidate.robot)}"
     if finding.still:
         yield f"still_tail = {STILL_SECONDS}  # {finding.still} episodes stand still for longer at their end"
+    if finding.equal:
+        yield "lead = 1  # rows by which the recorded action is early"
     if finding.broken:
         yield f"without = {list(finding.broken)}  # cannot be read"
     yield from (f"# {note}" for note in _notes(finding))
