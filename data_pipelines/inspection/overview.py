@@ -57,7 +57,8 @@ def _span(values: Sequence[int]) -> str:
 def _common(candidates: Sequence[Candidate], unit: Unit) -> str:
     """The range of the grippers of what is included, from 0 closed to 1 open."""
     found = openings(candidates, unit)
-    return f"{min(low for low, _ in found):.2f} to {max(high for _, high in found):.2f}" if found else ""
+    ends = (min(low for low, _ in found), max(high for _, high in found)) if found else ()
+    return " to ".join(f"{round(end, 2) + 0.0:.2f}" for end in ends)  # 0.0: no minus before a nought
 
 
 def openings(candidates: Sequence[Candidate], unit: Unit) -> list[tuple[float, float]]:

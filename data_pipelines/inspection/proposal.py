@@ -132,7 +132,7 @@ def _fault(finding: Finding) -> tuple[str, str] | None:
     if finding.broken:
         return UNREADABLE, (
             f"{len(finding.broken)} of {len(finding.lengths)} episodes cannot be read ({_some(finding.broken)}): "
-            f"{finding.problem} Deleting this line leaves out those episodes alone"
+            f"{finding.problem} Deleting this line leaves out those episodes alone."
         )
     if finding.problem:
         return UNREADABLE, finding.problem
@@ -144,16 +144,16 @@ def _fault(finding: Finding) -> tuple[str, str] | None:
     if finding.equal:
         return EQUAL, (
             "every action equals the state of its own row, and a policy would learn to stand still. Where the robot "
-            "recorded no commands, delete this line: by lead = 1 the action is the next row's state"
+            "recorded no commands, delete this line: by lead = 1 the action is the next row's state."
         )
     if finding.crossed or finding.misplaced:
         names = f"{_some(finding.misplaced)} stand among the joints of the other arm"
         what = "the actions of each arm follow the states of the other" if finding.crossed else names
-        return CROSSED, f"{what}; say which is which by state = {{ .. }} or action = {{ .. }} and delete this line"
+        return CROSSED, f"{what}; say which is which by state = {{ .. }} or action = {{ .. }} and delete this line."
     if finding.rows < 1:
-        return SHORT, "all its rows are marked as bad"
+        return SHORT, "all its rows are marked as bad."
     if max(finding.lengths) < WINDOW:
-        return SHORT, f"its longest episode has {max(finding.lengths)} rows, a window of training takes {WINDOW}"
+        return SHORT, f"its longest episode has {max(finding.lengths)} rows, a window of training takes {WINDOW}."
     return None
 
 
@@ -164,7 +164,7 @@ def _doubt(finding: Finding, robot: str, unit: Unit) -> tuple[str, str] | None:
     if unit.doubt and finding.grippers:
         return DOUBTFUL, (
             f"{unit.doubt}. Look at its films, write what is recorded closed and open as gripper of [robot.{robot}], "
-            "and delete this line"
+            "and delete this line."
         )
     return None
 
@@ -212,7 +212,7 @@ def _robot(robot: str, candidates: Sequence[Candidate], unit: Unit | None) -> It
     yield f"# {'-' * 16} {robot}: {len(included)} of {len(candidates)} datasets, {hours:.1f} h"
     if unit is None or unit.spans is None:
         return
-    yield f"# Grippers: {unit.measured}."
+    yield f"# Grippers recorded: {unit.measured}."
     if unit.stated:
         return
     mark = "# " * bool(unit.doubt)

@@ -57,7 +57,9 @@ def _measured(robot: str, findings: Sequence[Finding]) -> Unit:
     doubt = said.doubtful if grips and not said.gripper else ""
     if not any(g.greatest > g.least for of in grips.values() for g in of):
         return Unit(doubt=doubt)
-    measured = " and ".join(f"{kind}s {_range(of)}" for kind, of in grips.items())
+    ranges = {f"{kind}s": _range(of) for kind, of in grips.items()}
+    told = " and ".join(f"{kind} {ends}" for kind, ends in ranges.items())
+    measured = told if len({*ranges.values()}) > 1 else _range([g for of in grips.values() for g in of])
     measured += f", in {_count(len(findings), 'dataset')}"
     if said.gripper:
         spans = {kind: getattr(said.gripper, kind) for kind in KINDS}
@@ -106,7 +108,7 @@ def _unlike(findings: Sequence[Finding], spans: Spans | None = None) -> dict[str
             found[path] = (
                 f"its {side} gripper's {kind}s are {_range([grips[path]])}, in the other datasets of its robot "
                 f"{_range([grips[other] for other in fitting])}. If that is another unit, write it here as gripper = "
-                "{ closed = .., open = .. } and delete this line"
+                "{ closed = .., open = .. } and delete this line."
             )
     return found
 
@@ -134,7 +136,7 @@ def _against(findings: Sequence[Finding]) -> dict[str, str]:
         path: (
             f"its gripper's actions fall where its states rise (correlation {r:.2f}), those of the other datasets of "
             "its robot rise. Write what it records as gripper = { state = { closed = .., open = .. }, action = "
-            "{ closed = .., open = .. } } and delete this line"
+            "{ closed = .., open = .. } } and delete this line."
         )
         for path, r in together.items()
         if r < -RELATED
