@@ -96,8 +96,6 @@ def draw(proposal: Proposal, hours: float, seed: int) -> Proposal:
     for it stays as it is.
     """
     total = sum(candidate.finding.hours for candidate in proposal.included)
-    if total <= hours:
-        return proposal
     rng = random.Random(seed)
     drawn: list[Candidate] = []
     rest: list[Candidate] = []

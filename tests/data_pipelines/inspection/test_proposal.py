@@ -141,6 +141,21 @@ def test_a_dataset_in_another_unit_is_left_out_with_the_numbers() -> None:
     assert unit.spans["state"] == ((0.0, 10.0),) * 2 and "in 3 datasets" in unit.measured
 
 
+def test_most_hours_decide_and_the_common_unit_counts() -> None:
+    many = [finding(str(k), minutes=10, grippers=grips((0.0, 1.0))) for k in range(3)]
+    assert excluded([*many, finding("long", minutes=40, grippers=grips((0.0, 10.0)))]).keys() == {"0", "1", "2"}
+    # 0.6 and 1.9 are alike; less what is recorded closed, 0.5, they are not.
+    found = [finding("a", grippers=grips((0.5, 1.9))), finding("b", minutes=50, grippers=grips((0.5, 0.6)))]
+    assert excluded(found).keys() == {"b"}
+
+
+def test_ends_that_are_near_are_one_and_a_gripper_seldom_used_has_some() -> None:
+    near = tuple(dataclasses.replace(g, q01=g.q01 + 0.1 * (g.side == "left")) for g in grips((0.2, 2.2)))
+    assert unit_of([finding("a", grippers=near)]).spans["state"] == ((0.22, 2.18),) * 2
+    seldom = tuple(dataclasses.replace(g, q99=g.q01) for g in grips((0.2, 2.2)))
+    assert unit_of([finding("a", grippers=seldom)]).spans["action"] == ((0.2, 2.2),) * 2
+
+
 def test_a_direction_in_doubt_is_for_the_user_to_say(tmp_path: Path) -> None:
     rows = grips((35.0, 120.0), (0.0, 1.0))
     proposal = propose([finding("a", AGIBOT, grippers=rows), finding("b", AGIBOT, grippers=rows), finding("c")])
@@ -284,3 +299,13 @@ def test_hours_are_drawn_of_every_robot_in_its_share() -> None:
     assert drawn == draw(everything, 12.0, seed=0) != draw(everything, 12.0, seed=1)
     assert [c.name for c in drawn.candidates if c.exclude] == ["bad"]
     assert draw(everything, 1e6, seed=0) == everything
+    three = propose([finding(x) for x in "abc"])  # an hour each: the nearest number of them
+    assert [len(draw(three, hours, 0).included) for hours in (0.6, 1.4, 1.6, 3.0)] == [1, 1, 2, 3]
+
+
+def test_the_table_has_a_line_for_each_robot_and_the_totals() -> None:
+    found = [finding("a", "x", bad=7), finding("b", "y", grippers=grips((0.0, 50.0)), rate=15.0), finding("c", "y")]
+    head, _, x, y, _, total, *_ = table(propose([*found, finding("d", "y", equal=True)]))
+    assert head.split()[:6] == ["robot", "datasets", "out", "episodes", "hours", "rows/s"]
+    assert x.split() == "x 1 0 1 1.0 30 14 3 0 to 1 0.01 to 0.99 7 0".split()
+    assert y.split()[:5] == "y 1 2 1 2.0".split() and total.split()[:6] == "all 2 2 2 3.0 15/30".split()
