@@ -45,9 +45,11 @@ def get_config() -> ConfigDict:
     ))  # fmt: skip
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
-    # The length is given in steps or in epochs, the other is 0.
+    # The length is given in steps or in epochs, the other is 0. Saved is by steps and by minutes; 0 minutes: by steps
+    # alone. A step that is not finite is skipped, and the run ends after so many in a row.
     config.train = ConfigDict(dict(
-        steps=3400, epochs=0.0, log_every=100, validate_every=850, checkpoint_every=850, keep=2
+        steps=3400, epochs=0.0, log_every=100, validate_every=850, checkpoint_every=850, checkpoint_minutes=0.0,
+        keep=2, max_bad_steps=10,
     ))  # fmt: skip
 
     # Deployment: the planner is refreshed every `refresh_every` executor calls, `execute` of the 16 actions are run.

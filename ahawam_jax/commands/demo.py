@@ -20,7 +20,8 @@ from ahawam_jax.commands.flags import CONFIG, WORKDIR, require, run_with_flags
 from ahawam_jax.evaluation.rollouts import Actor, Result, policy_actor, roll_out, table
 from ahawam_jax.inference.policy import Policy
 from ahawam_jax.models.aha_wam import init
-from ahawam_jax.training.loop import Interrupted, train
+from ahawam_jax.training.loop import train
+from ahawam_jax.training.stopping import Interrupted
 from data_pipelines.simulation.env import AlohaSim
 from data_pipelines.simulation.expert import plan
 from data_pipelines.simulation.rendering import POINTS, check_rendering

@@ -3,11 +3,15 @@
     ahawam train --config=configs/demo.py --workdir=DIR [--config.optimizer.learning_rate=1e-4 ...]
 
 Resumes if DIR holds a checkpoint, on the data it was trained on: what has changed of them is named, and only
---accept-changed-data goes on with it. Ctrl-C saves a checkpoint and stops. Writes DIR/checkpoints, DIR/metrics.jsonl
-(a line per step) and DIR/tensorboard.
+--accept-changed-data goes on with it. Ctrl-C and SIGTERM save a checkpoint and stop. Writes DIR/checkpoints,
+DIR/metrics.jsonl (a line per step) and DIR/tensorboard.
+
+Exit status: 0 when all steps are done; 75 when the same command is to be started again, as after a signal or where
+another process of the job is lost; 1 for what it cannot go on with.
 """
 
 import sys
+import traceback
 
 from absl import flags
 
@@ -18,14 +22,22 @@ ACCEPT = flags.DEFINE_bool("accept-changed-data", False, "Resume although the da
 
 def _train(argv: list[str]) -> None:
     require(argv, CONFIG, WORKDIR)
-    from ahawam_jax.training.loop import Interrupted, train
+    from ahawam_jax.training.loop import train
+    from ahawam_jax.training.stopping import REQUEUE, Interrupted, LostProcess, end
 
     try:
         train(CONFIG.value, WORKDIR.value, ACCEPT.value)
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        end(1, f"error: {error}")
+    except LostProcess as lost:
+        end(REQUEUE, f"error: {lost}")
     except Interrupted as stop:
-        sys.exit(str(stop))
+        print(stop, file=sys.stderr)
+        sys.exit(REQUEUE)
+    except KeyboardInterrupt:
+        end(1, "aborted by a second signal; saved steps are whole")
+    except Exception:
+        end(1, traceback.format_exc())
 
 
 def main(argv: list[str] | None = None) -> None:

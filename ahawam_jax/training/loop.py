@@ -1,8 +1,6 @@
 """The training loop, top to bottom: data, state, resume, steps, logs, validation, checkpoints."""
 
 import json
-import signal
-import sys
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -28,19 +26,17 @@ from ahawam_jax.training.objective import ObjectiveConfig
 from ahawam_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from ahawam_jax.training.resuming import check_config, check_length, read_record, steps_of, write_config
 from ahawam_jax.training.step import TrainState, create_state, make_train_step
+from ahawam_jax.training.stopping import Interrupted, Requests, others_may_be_lost, with_votes
 from ahawam_jax.training.validation import make_open_loop_error
+from ahawam_jax.training.watch import Watch
 from data_pipelines.disk import writing
 from data_pipelines.loader import evaluation_batches, make_loader
 from data_pipelines.ownership import Owner, owned
 from data_pipelines.paths import local_path, refuse_addresses
-from data_pipelines.progress import StatusLine, clock, finish_line, say
+from data_pipelines.progress import StatusLine, clock, say
 from data_pipelines.statistics import describe_losses
 
 VALIDATION_BATCHES = 4
-
-
-class Interrupted(Exception):
-    """Training stopped on request after saving a checkpoint."""
 
 
 class Log:
@@ -76,19 +72,17 @@ class Log:
         self._pending.append((step, metrics))
 
     def flush(self) -> dict[str, float]:
-        """Writes what is pending and returns its means. A loss that is not finite is a FloatingPointError."""
+        """Writes what is pending and returns its means, over finite values. In the file, others are null."""
         rows = [(step, {k: float(v) for k, v in m.items()}) for step, m in jax.device_get(self._pending)]
         self._pending = []
-        bad = next((n for n, (_, row) in enumerate(rows) if not np.isfinite(row["loss"])), len(rows))
         if self._writes:
             with writing(self.path, self._checkpoints.safe), self.path.open("a") as file:
-                file.writelines(json.dumps({"step": step, **row}) + "\n" for step, row in rows[:bad])
-        if bad < len(rows):
-            raise FloatingPointError(
-                f"The loss is {rows[bad][1]['loss']} at step {rows[bad][0]}; the last checkpoint is intact. Lower "
-                "config.optimizer.learning_rate or look at the data around that step."
-            )
-        means = {k: float(np.mean([row[k] for _, row in rows])) for k in rows[0][1]} if rows else {}
+                for step, row in rows:
+                    values = {name: value if np.isfinite(value) else None for name, value in row.items()}
+                    file.write(json.dumps({"step": step, **values}) + "\n")
+        names = rows[0][1] if rows else ()
+        finite = {name: [row[name] for _, row in rows if np.isfinite(row[name])] for name in names}
+        means = {name: float(np.mean(values)) if values else float("nan") for name, values in finite.items()}
         if rows:
             self.scalars(rows[-1][0], means)
         return means
@@ -115,12 +109,14 @@ def train(config: ConfigDict, workdir: str | Path, accept_changed_data: bool = F
 
     accept_changed_data: go on although the data are not those that the checkpoint was trained on.
     Raises, in sentences, ValueError for input that does not fit and for a workdir that another process trains in,
-    OSError where it cannot be written; Interrupted after SIGINT or SIGTERM.
+    OSError where it cannot be written; FloatingPointError after config.train.max_bad_steps steps in a row that were
+    not finite; Interrupted after SIGINT or SIGTERM; LostProcess where another process of the job is gone.
     """
     workdir = local_path(workdir)
     refuse_addresses(config.to_dict(), "config.")
     with nullcontext() if jax.process_index() else owned(workdir) as owner:
-        return _train(config, workdir, owner, accept_changed_data)
+        with others_may_be_lost():
+            return _train(config, workdir, owner, accept_changed_data)
 
 
 def _train(config: ConfigDict, workdir: Path, owner: Owner | None, accept_changed_data: bool) -> float:
@@ -154,8 +150,8 @@ def _train(config: ConfigDict, workdir: Path, owner: Owner | None, accept_change
     start = int(state.step)
     run = {"config": asked, "steps": config.train.steps, **data.record}
     step_fn = jax.jit(
-        make_train_step(model, tx, objective, optimizer), donate_argnums=0,
-        out_shardings=(layout, sharding.replicated(mesh)),
+        with_votes(make_train_step(model, tx, objective, optimizer)), donate_argnums=0,
+        out_shardings=(layout, sharding.replicated(mesh), sharding.replicated(mesh)),
     )  # fmt: skip
     open_loop_error = make_open_loop_error(model, config.policy.steps, objective.shift)
     loader = make_loader(
@@ -174,28 +170,36 @@ def _train(config: ConfigDict, workdir: Path, owner: Owner | None, accept_change
         checkpoints.save(state, run | {"data_position": position})
 
     timer, line = _Timer(start), StatusLine()
-    with sharding.activation_rules(mesh), _StopFlag() as stop:
+    watch, to_save = Watch(config.train.max_bad_steps, lambda step: say(f"step {step} was skipped")), False
+    with sharding.activation_rules(mesh), Requests(config.train.checkpoint_minutes) as requests:
         if start == config.train.steps:  # nothing left to train: a demo that was stopped later still reports it
             error = _validate(config, data, state, mesh, open_loop_error, tower)
         for step in range(start + 1, config.train.steps + 1):
+            last = step == config.train.steps
             with timer.waiting():
                 batch = data.put(next(loader), mesh)
             checkpoints.check()
-            state, metrics = step_fn(state, batch, tower, key)
+            state, metrics, request = step_fn(state, batch, tower, key, requests.votes(mesh))
             log.add(step, metrics)
-            if step % config.train.log_every == 0 or step == config.train.steps:
+            watch.add(step, request, metrics["skipped"])
+            if step % config.train.log_every == 0 or last:
                 means = log.flush()
                 log.scalars(step, {"learning_rate": float(schedule(step))})
-                line.show(_progress(step, config, means, timer.read(step)), step == config.train.steps)
-            if step % config.train.validate_every == 0 or step == config.train.steps:
+                line.show(_progress(step, config, means, timer.read(step)), last)
+            if step % config.train.validate_every == 0 or last:
                 error = _validate(config, data, state, mesh, open_loop_error, tower)
                 log.scalars(step, {"open_loop_error": error})
                 say(f"step {step}: open-loop error {error:.4f} in normalised units")
                 timer.skip(step)
-            if step % config.train.checkpoint_every == 0 or step == config.train.steps or stop.requested:
+            to_save |= step % config.train.checkpoint_every == 0 or last or watch.stop or watch.save
+            if to_save:
+                watch.catch_up()
+            if to_save and (not watch.skipped or last or watch.stop):  # else after the first step that is finite again
                 save()
+                requests.saved()
+                to_save = watch.save = False
                 timer.skip(step)
-            if stop.requested:
+            if watch.stop and not last:
                 checkpoints.close()
                 raise Interrupted(f"Stopped at step {step}; the same command resumes there.")
     checkpoints.close()
@@ -240,32 +244,6 @@ def _validate(config, data, state, mesh, open_loop_error, tower) -> float:
         for i, batch in enumerate(batches)
     ]
     return float(jnp.mean(jnp.stack(errors)))
-
-
-class _StopFlag:
-    """While it is entered, SIGINT and SIGTERM are a request that the loop honours between two steps; a second aborts.
-
-    What the process was started to ignore, as a job in the background ignores SIGINT, it goes on to ignore.
-    """
-
-    def __enter__(self) -> "_StopFlag":
-        self.requested = False
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number, handler in self._before.items():
-            if handler != signal.SIG_IGN:
-                signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        finish_line()
-        print("stopping after this step, saving a checkpoint ...", file=sys.stderr, flush=True)
 
 
 class _Timer:

@@ -326,7 +326,8 @@ def test_a_run_on_changed_data(
         return jax.device_put(state, layout), layout
 
     def count(state, batch, tower, key):
-        return state.replace(step=state.step + 1), dict.fromkeys(("loss", "loss_video", "loss_action"), jnp.zeros(()))
+        metrics = ("loss", "loss_video", "loss_action", "skipped")
+        return state.replace(step=state.step + 1), dict.fromkeys(metrics, jnp.zeros(()))
 
     monkeypatch.setattr(loop, "initial_state", initial_state)
     monkeypatch.setattr(loop, "make_train_step", lambda *_: count)
