@@ -41,16 +41,19 @@ class AhaWam(nn.Module):
         text_mask: jax.Array,
         memory: PlannerMemory | None = None,
         causal: bool = True,
+        current_only: bool = False,
     ) -> PlannerOutput:
         """The planner over a clip (Eq. 2): latents [B, c, F, h, w], times and positions [B, F].
 
-        Frame-causal as AHA-WAM is trained, or with every token seeing every other, as Wan2.2 is.
+        Frame-causal as AHA-WAM is trained, or with every token seeing every other, as Wan2.2 is. current_only: of
+        the context, only the first frame's is handed back.
         """
         tokens = latents.shape[3] * latents.shape[4] // 4
         mask = frame_causal_mask(latents.shape[2], tokens)
         if not causal:
             mask = jnp.ones_like(mask)
-        return self.planner(latents, times, positions, text, text_mask, mask, memory)
+        kept = 1 if current_only else None
+        return self.planner(latents, times, positions, text, text_mask, mask, memory, kept)
 
     def recall(
         self, latents: jax.Array, positions: jax.Array, valid: jax.Array, text: jax.Array, text_mask: jax.Array
@@ -75,9 +78,14 @@ class AhaWam(nn.Module):
         out = self.plan(latents, jnp.zeros(position.shape), position, text, text_mask, memory)
         return out.context, memory.push(out.context, self.config.memory_anchor)
 
-    def route(self, context: PlannerContext, observation_latents: jax.Array) -> PlannerContext:
-        """OVCR (Eq. 8-10): context [L, B, 1, S, N, H], latents [B, C, c, 1, h, w] -> [L, B, C, S, N, H]."""
-        return self.router(self.observation_queries(observation_latents), context)
+    def route(
+        self, context: PlannerContext, observation_latents: jax.Array, scanned: bool = False
+    ) -> PlannerContext:
+        """OVCR (Eq. 8-10): context [L, B, 1, S, N, H], latents [B, C, c, 1, h, w] -> [L, B, C, S, N, H].
+
+        scanned: layer by layer, as training does to save memory.
+        """
+        return self.router(self.observation_queries(observation_latents), context, scanned)
 
     def act(
         self,

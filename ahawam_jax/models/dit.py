@@ -131,13 +131,14 @@ class Block(nn.Module):
     head_dim: int
     eps: float
     dtype: Any
-    across_groups: bool  # the planner; its k, v are handed back as well, nobody reads the executor's
+    across_groups: bool
+    kept: int | None = None  # groups, from the first, whose k, v are handed back; None: all
 
     @nn.compact
     def __call__(
         self, x: jax.Array, prefix: tuple[jax.Array, jax.Array] | None, cond: Condition
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """x [B, G, S, D] -> x [B, G, S, D] and this block's own k, v [B, G, S, N, H]."""
+        """x [B, G, S, D] -> x [B, G, S, D] and this block's own k, v [B, kept, S, N, H]."""
         heads, eps, dtype = (self.num_heads, self.head_dim), self.eps, self.dtype
         row_init = nn.initializers.normal(self.dim**-0.5)
         table = self.param("modulation", partitioned(row_init, (None, "embed")), (6, self.dim))
@@ -178,7 +179,7 @@ class Block(nn.Module):
         x = x + (gate_ffn * y).astype(x.dtype)
         x = constrain(x, RESIDUAL_AXES)
         self.sow("intermediates", "x", x)
-        return x, (k, v) if self.across_groups else None
+        return x, None if self.kept == 0 else (k[:, : self.kept], v[:, : self.kept])
 
     def self_attention(self, q, k, v, prefix, mask):
         if self.across_groups:
@@ -196,13 +197,17 @@ REMAT = {
 }
 
 
-def block_stack(cfg: ModelConfig, dim: int, ffn_dim: int, across_groups: bool) -> nn.Module:
+def remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:
+    """A layer to be scanned, of which the backward pass computes again what the policy (REMAT_POLICIES) says."""
+    return layer if policy == "none" else nn.remat(layer, policy=REMAT[policy], prevent_cse=False)
+
+
+def block_stack(
+    cfg: ModelConfig, dim: int, ffn_dim: int, across_groups: bool, kept: int | None = None
+) -> nn.Module:
     """L blocks scanned over a leading layer axis of parameters, prefix and returned k, v."""
-    body = Block
-    if cfg.remat != "none":
-        body = nn.remat(body, policy=REMAT[cfg.remat], prevent_cse=False)
     scanned = nn.scan(
-        body,
+        remat(Block, cfg.remat),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
@@ -210,5 +215,6 @@ def block_stack(cfg: ModelConfig, dim: int, ffn_dim: int, across_groups: bool) -
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(
-        dim, ffn_dim, cfg.num_heads, cfg.head_dim, cfg.norm_eps, jnp.dtype(cfg.dtype), across_groups, name="blocks"
-    )
+        dim, ffn_dim, cfg.num_heads, cfg.head_dim, cfg.norm_eps, jnp.dtype(cfg.dtype), across_groups, kept,
+        name="blocks",
+    )  # fmt: skip

@@ -71,7 +71,7 @@ class Executor(nn.Module):
             text_mask=jnp.concatenate([seen, own], -1),
         )
         self.sow("intermediates", "condition", condition)
-        blocks = block_stack(cfg, cfg.executor_dim, cfg.executor_ffn_dim, across_groups=False)
+        blocks = block_stack(cfg, cfg.executor_dim, cfg.executor_ffn_dim, across_groups=False, kept=0)
         x, _ = blocks(x, (routed.k, routed.v), condition)
         self.sow("intermediates", "x", x)
         zeros = nn.initializers.zeros_init()

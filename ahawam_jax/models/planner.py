@@ -54,10 +54,10 @@ def expand_mask(mask: jax.Array, tokens: int) -> jax.Array:
 
 @flax.struct.dataclass
 class PlannerOutput:
-    """Velocity of the latents and the layerwise context of every frame of the clip."""
+    """Velocity of the latents and the layerwise context of every frame of the clip, or of the first alone."""
 
     velocity: jax.Array  # [B, c, F, h, w] float32
-    context: PlannerContext  # k, v [L, B, F, S, N, H]
+    context: PlannerContext  # k, v [L, B, F or 1, S, N, H]
 
 
 class Head(nn.Module):
@@ -91,6 +91,7 @@ class Planner(nn.Module):
         text_mask: jax.Array,
         mask: jax.Array,
         memory: PlannerMemory | None = None,
+        kept: int | None = None,
     ) -> PlannerOutput:
         """Runs the clip once.
 
@@ -101,6 +102,7 @@ class Planner(nn.Module):
           text: [B, K, X] text tokens; text_mask: [B, K] bool.
           mask: [1 or B, F*S, F*S] bool, which tokens of the clip see which.
           memory: frames every token of the clip may look back on, if any.
+          kept: frames, from the first, whose context is handed back; None: all.
         """
         cfg = self.config
         dtype = jnp.dtype(cfg.dtype)
@@ -131,7 +133,7 @@ class Planner(nn.Module):
         )
         self.sow("intermediates", "time", time)
         self.sow("intermediates", "condition", condition)
-        blocks = block_stack(cfg, cfg.planner_dim, cfg.planner_ffn_dim, across_groups=True)
+        blocks = block_stack(cfg, cfg.planner_dim, cfg.planner_ffn_dim, across_groups=True, kept=kept)
         x, (k, v) = blocks(x, prefix, condition)
         patches = Head(PATCH * PATCH * channels, cfg.norm_eps, name="head")(x, time)
         return PlannerOutput(unpatchify(patches, height, width), PlannerContext(k, v))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ahawam_jax.models.attention import attention
 from ahawam_jax.models.config import ModelConfig
-from ahawam_jax.models.dit import SMALL_NET_EPS, SmallNet, dense, layer_norm
+from ahawam_jax.models.dit import SMALL_NET_EPS, SmallNet, dense, layer_norm, remat
 from ahawam_jax.models.memory import PlannerContext
 from ahawam_jax.models.partitioning import partitioned
 
@@ -84,20 +84,29 @@ class LayerRouter(nn.Module):
 
 
 class Router(nn.Module):
-    """All layers at once: a layer's routing does not depend on the layer before it."""
+    """LayerRouter in every layer; a layer's routing does not depend on the layer before it."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, queries: jax.Array, context: PlannerContext) -> PlannerContext:
-        """queries [B, C, Q, X], context of the current frame [L, B, 1, S, N, H] -> routed [L, B, C, S, N, H]."""
+    def __call__(self, queries: jax.Array, context: PlannerContext, scanned: bool = False) -> PlannerContext:
+        """queries [B, C, Q, X], context of the current frame [L, B, 1, S, N, H] -> routed [L, B, C, S, N, H].
+
+        All layers at once, which is quickest; or scanned, one after the other and with config.remat, which leaves
+        the gradient a third of the memory.
+        """
         cfg = self.config
-        routers = nn.vmap(
-            LayerRouter,
+        body = remat(LayerRouter, cfg.remat) if scanned else LayerRouter
+        layers = body(cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype), name="layers")
+        stacked = dict(
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(None, 0, 0),
-            axis_size=cfg.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype), name="layers")
-        return PlannerContext(*routers(queries, context.k[:, :, 0], context.v[:, :, 0]))
+        )
+        k, v = context.k[:, :, 0], context.v[:, :, 0]
+        if scanned:
+            scan = nn.scan(lambda layer, _, k, v: (None, layer(queries, k, v)), length=cfg.num_layers, **stacked)
+            return PlannerContext(*scan(layers, None, k, v)[1])
+        return PlannerContext(*nn.vmap(lambda layer, k, v: layer(queries, k, v), axis_size=cfg.num_layers, **stacked)(
+            layers, k, v
+        ))  # fmt: skip

@@ -124,10 +124,10 @@ def joint_loss(
 
     recorded = {}
 
-    def apply(method, *args):
+    def apply(method, *args, **options):
         if not capture:
-            return model.apply({"params": params}, *args, method=method)
-        out, state = model.apply({"params": params}, *args, method=method, mutable=["intermediates"])
+            return model.apply({"params": params}, *args, **options, method=method)
+        out, state = model.apply({"params": params}, *args, **options, method=method, mutable=["intermediates"])
         recorded[method] = state["intermediates"]
         return out
 
@@ -138,10 +138,11 @@ def joint_loss(
         future[:, None, None], flow_matching.mix(clean, noise.video, noise.video_times), clean
     )
     times = noise.video_times[:, None] * future
-    planned = apply("plan", noisy, times, batch["video_temporal_position_ids"], text, text_mask, memory)
+    positions = batch["video_temporal_position_ids"]
+    planned = apply("plan", noisy, times, positions, text, text_mask, memory, current_only=True)
 
     # Router, then executor: every chunk of the horizon at once.
-    routed = apply("route", planned.context.frame(0), batch["obs_latents"])
+    routed = apply("route", planned.context, batch["obs_latents"], scanned=True)
     horizon = chunks * length
     start = batch["action_offset"]
     action = window(batch["action"], start, horizon).reshape(-1, chunks, length, model.config.action_dim)

@@ -26,14 +26,14 @@ def make_open_loop_error(model: AhaWam, steps: int, shift: float) -> Callable[..
         chunks, length = inputs["obs_latents"].shape[1], model.config.chunk
         horizon = chunks * length
 
-        def apply(method: str, *args: Any) -> Any:
-            return model.apply({"params": params}, *args, method=method)
+        def apply(method: str, *args: Any, **options: Any) -> Any:
+            return model.apply({"params": params}, *args, **options, method=method)
 
         memory = recall_history(apply, inputs)
         times = jnp.zeros(latents.shape[:1] + (1,))
         positions = inputs["video_temporal_position_ids"][:, :1]
         planned = apply("plan", latents, times, positions, text, text_mask, memory)
-        routed = apply("route", planned.context, inputs["obs_latents"])
+        routed = apply("route", planned.context, inputs["obs_latents"], scanned=True)
         start = inputs["action_offset"]
         recorded = window(inputs["action"], start, horizon).reshape(-1, chunks, length, model.config.action_dim)
         keep = ~window(inputs["action_is_pad"], start, horizon).reshape(recorded.shape[:-1])

@@ -276,7 +276,7 @@ def test_scanned_planner_equals_its_layers_in_a_row(captured: dict[str, Any]) ->
         weights = layer_of(params["blocks"], layer)
         prefix = tuple(y[layer].reshape(BATCH, -1, *y.shape[4:]) for y in (remembered.k, remembered.v))
         x, (k, v) = one({"params": weights}, x, prefix, condition)
-        assert_close((k, v), (context.k[layer], context.v[layer]))
+        assert_close((k[:, :1], v[:, :1]), (context.k[layer], context.v[layer]))  # of the current frame alone
     head = Head(4 * CONFIG.latent_channels, CONFIG.norm_eps)
     patches = head.apply({"params": params["head"]}, x, seen["time"][0])
     assert patches.shape[:2] == (BATCH, FRAMES)
@@ -304,6 +304,34 @@ def test_router_equals_its_layers_one_by_one(captured: dict[str, Any]) -> None:
         weights = layer_of(PARAMS["params"]["router"]["layers"], layer)
         k, v = one({"params": weights}, queries, frame.k[layer, :, 0], frame.v[layer, :, 0])
         assert_close((k, v), (routed.k[layer], routed.v[layer]))
+
+
+def test_scanned_router_equals_all_layers_at_once() -> None:
+    shape = (CONFIG.num_layers, BATCH, 1, TOKENS, CONFIG.num_heads, CONFIG.head_dim)
+    context = PlannerContext(normal(24, *shape), normal(25, *shape))
+
+    def loss(params: Any, scanned: bool) -> tuple[jax.Array, PlannerContext]:
+        latents = random_batch()["obs_latents"]
+        routed = MODEL.apply({"params": params}, context, latents, scanned=scanned, method="route")
+        return sum(jnp.sin(x).sum() for x in jax.tree.leaves(routed)), routed
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    assert_close(run(PARAMS["params"], True), run(PARAMS["params"], False), 2e-6)  # some roundings of 2^-24
+
+
+def test_training_scans_the_router_and_keeps_one_frame() -> None:
+    """No array of all layers holds the router's hidden tokens, or keys of more than the current frame."""
+    model, heads = AhaWam(dataclasses.replace(CONFIG, num_layers=5, remat="full")), (CONFIG.num_heads, CONFIG.head_dim)
+    batch = {name: x for name, x in random_batch().items() if "history" not in name}
+    inputs = nn.unbox(abstract_params(model.config)), batch, random_noise()
+    program = str(jax.make_jaxpr(jax.grad(lambda *args: joint_loss(model, *args, ObjectiveConfig())[0]))(*inputs))
+
+    def stacked(*shape: int) -> bool:
+        return f"f32[{','.join(map(str, (5, BATCH, *shape)))}]" in program
+
+    assert stacked(1, TOKENS, *heads) and stacked(CONFIG.num_chunks, TOKENS, *heads)
+    assert not stacked(FRAMES, TOKENS, *heads)
+    assert not stacked(CONFIG.num_chunks, TOKENS, CONFIG.num_heads * CONFIG.head_dim)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
