@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipelines.canvas import CAMERAS, HEAD
@@ -45,27 +46,35 @@ class RoboCoin(LeRobotV21):
     def subtasks(self, episode: int) -> list[str]:
         """What the robot is doing in each row, "" where nothing is annotated; several at a time are joined by "; "."""
         texts = {number: "" if _word(text) in NOTHING else text for number, text in self._of_number.items()}
-        return ["; ".join(dict.fromkeys(filter(None, map(texts.get, row)))) for row in self._annotated(episode)]
+        found: list[dict[str, None]] = [{} for _ in range(self.lengths[episode])]
+        for row, number in zip(*(x.tolist() for x in self._annotated(episode)), strict=True):
+            found[row] |= {texts[number]: None} if texts[number] else {}
+        return list(map("; ".join, found))
 
     def bad_rows(self, episode: int) -> np.ndarray:
         """Which rows are marked as nothing to learn from, bool [T]."""
-        bad = {number for number, text in self._of_number.items() if _word(text) in BAD}
-        if not bad:
-            return np.zeros(self.lengths[episode], bool)
-        return np.array([not bad.isdisjoint(row) for row in self._annotated(episode)])
+        bad = [number for number, text in self._of_number.items() if _word(text) in BAD]
+        found = np.zeros(self.lengths[episode], bool)
+        if bad:
+            rows, numbers = self._annotated(episode)
+            found[rows[np.isin(numbers, bad)]] = True
+        return found
 
-    def _annotated(self, episode: int) -> list[list[int]]:
-        """Numbers of the subtasks of each row."""
+    def _annotated(self, episode: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and their subtasks' numbers, int64 [n] each, in order: a row as often as it has subtasks."""
         path = self._data_path(episode)
         try:
-            rows = pq.read_table(path, columns=[SUBTASK_COLUMN])[SUBTASK_COLUMN].to_pylist()
-            found = [[number for number in row if number != -1] for row in rows]
-            unknown = {number for row in found for number in row} - self._of_number.keys()
-        except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+            with pq.ParquetFile(path) as file:
+                column = file.read([SUBTASK_COLUMN])[SUBTASK_COLUMN].combine_chunks()
+            counts = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+            rows = np.repeat(np.arange(self.lengths[episode]), counts)
+            numbers = column.flatten().to_numpy(zero_copy_only=False)
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             raise DatasetError(_unreadable(path, self.root, repr(error))) from error
-        if unknown:
+        used = numbers != -1
+        if unknown := sorted({*numbers[used].tolist()} - self._of_number.keys()):
             raise DatasetError(_unreadable(path, self.root, f"found {', '.join(map(str, unknown))}"))
-        return found
+        return rows[used], numbers[used]
 
 
 def _word(text: str) -> str:
