@@ -57,7 +57,9 @@ DATA = {
         "episodes", "embodiment", "readers", "normalization", "statistics", "canvas", "windows", "loader", "recording",
         "progress", "processes", "disk", "tfds",
     },
-    "tfds": {"episodes", "readers", "caches", "progress", "disk", "processes", "ownership", "paths", "files"},
+    "tfds": {
+        "episodes", "embodiment", "readers", "caches", "progress", "disk", "processes", "ownership", "paths", "files",
+    },
 }
 EXPORT = {
     "manifest": set(),

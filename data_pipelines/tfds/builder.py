@@ -50,8 +50,9 @@ class RobotEpisodes(tfds.core.GeneratorBasedBuilder):
 
     An example of T rows: episode int64, instruction and robot text, subtask [T] texts ("" where none is annotated),
     state float32 [T, p], action float32 [T, d], timestamp float32 [T] seconds, images {camera: [T] pictures}.
-    `info.metadata` has what is the same for all: robot, fps, state_names, action_names, state_units, action_units
-    (lists; [] where names are not recorded, "" for a number whose unit its name does not tell).
+    `info.metadata` has what is the same for all: robot, fps, and lists with an entry per number: state_names,
+    action_names ([] where they are not recorded), state_units, action_units ("" where the name does not tell),
+    state_present, action_present (false for a number that the robot has not, which is 0).
 
     `download_and_prepare` converts in this process and keeps nothing when interrupted; `data_pipelines.tfds.convert`
     writes the same examples shard by shard.
@@ -89,6 +90,8 @@ class RobotEpisodes(tfds.core.GeneratorBasedBuilder):
                 action_names=list(dataset.action_names),
                 state_units=[unit_of(name) for name in dataset.state_names],
                 action_units=[unit_of(name) for name in dataset.action_names],
+                state_present=dataset.state_present.tolist(),
+                action_present=dataset.action_present.tolist(),
             ),
             disable_shuffling=True,
         )

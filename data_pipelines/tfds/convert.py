@@ -44,6 +44,7 @@ from data_pipelines.ownership import owned
 from data_pipelines.paths import local_path
 from data_pipelines.processes import worker_pool
 from data_pipelines.readers.robocoin import subtasks
+from data_pipelines.readers.subset import embodiment_of
 from data_pipelines.tfds import layout
 from data_pipelines.tfds.builder import Source, builder, example
 
@@ -88,6 +89,7 @@ def plan(source: Source, out: Path, image_format: str = "jpeg", episodes_per_sha
 
 def _take_up(path: Path, wanted: dict) -> None:
     """Writes conversion.json, or compares what is there."""
+    wanted = json.loads(json.dumps(wanted))  # as the file gives it back: tuples are lists
     if path.is_file():
         found = read_json(path, DatasetError, "remove its folder and convert again")
         differing = [key for key in wanted if found.get(key) != wanted[key]]
@@ -185,6 +187,7 @@ def _describe(dataset: Episodes, image_format: str, shards: int) -> dict:
         "action_dim": dataset.action_dim,
         "state_names": list(dataset.state_names),
         "action_names": list(dataset.action_names),
+        "embodiment": embodiment.to_json() if (embodiment := embodiment_of(dataset)) else None,
         "instructions": list(dataset.instructions),
         "lengths": dataset.lengths.tolist(),
     }

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from data_pipelines.embodiment import Embodiment
 from data_pipelines.episodes import DatasetError
 from data_pipelines.files import disguised, read_json
 from data_pipelines.readers.base import Reader, Rows
@@ -17,7 +18,8 @@ from data_pipelines.tfds import layout
 
 FIELDS = {
     "version": str, "shards": int, "robot": str, "fps": float, "cameras": dict, "state_dim": int, "action_dim": int,
-    "state_names": list, "action_names": list, "instructions": list, "lengths": list,
+    "state_names": list, "action_names": list, "embodiment": (dict, type(None)), "instructions": list,
+    "lengths": list,
 }  # fmt: skip
 
 
@@ -25,6 +27,7 @@ class Converted(Reader):
     """A folder <out>/robot_episodes/<name>/1.0.0 that `ahawam convert` has written to the end.
 
     Rows come from the parquet files; pictures from the ArrayRecord files, where fetching one frame reads its episode.
+    embodiment: how the robot's own vectors were brought to these, None where they are as recorded.
     """
 
     def __init__(self, root: Path, content: dict[str, Any]) -> None:
@@ -33,6 +36,7 @@ class Converted(Reader):
         self.state_dim, self.action_dim = content["state_dim"], content["action_dim"]
         self.state_names, self.action_names = tuple(content["state_names"]), tuple(content["action_names"])
         self.instructions = content["instructions"]
+        self.embodiment = Embodiment.from_json(content["embodiment"]) if content["embodiment"] else None
         self._set_lengths(content["lengths"])
         self._shards = content["shards"]
         self._starts = layout.shard_starts(len(self.lengths), self._shards)
@@ -41,6 +45,14 @@ class Converted(Reader):
             raise DatasetError(
                 f"{root} lacks {', '.join(missing)}; copy the dataset again or convert what is missing."
             )
+
+    @property
+    def state_present(self) -> np.ndarray:
+        return self.embodiment.state.present if self.embodiment else super().state_present
+
+    @property
+    def action_present(self) -> np.ndarray:
+        return self.embodiment.action.present if self.embodiment else super().action_present
 
     def picture_file(self, episode: int, camera: str) -> tuple[Path, str]:
         shard, place = self._place(episode)

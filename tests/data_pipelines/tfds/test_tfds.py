@@ -22,8 +22,9 @@ from data_pipelines.episodes import DatasetError  # noqa: E402
 from data_pipelines.ownership import OwnedError, owned  # noqa: E402
 from data_pipelines.processes import WorkerError  # noqa: E402
 from data_pipelines.readers.layouts import LAYOUTS  # noqa: E402
+from data_pipelines.readers.naming import Gripper, Reading  # noqa: E402
 from data_pipelines.readers.robocoin import open_robocoin, subtasks  # noqa: E402
-from data_pipelines.readers.subset import Entry  # noqa: E402
+from data_pipelines.readers.subset import Entry, embodiment_of  # noqa: E402
 from data_pipelines.tfds import layout  # noqa: E402
 from data_pipelines.tfds.builder import Folder, builder  # noqa: E402
 from data_pipelines.tfds.convert import _write_whole, convert, plan, write_shard  # noqa: E402
@@ -31,6 +32,7 @@ from data_pipelines.tfds.episodes import open_converted  # noqa: E402
 from tests.data_pipelines import disguises  # noqa: E402
 from tests.data_pipelines import tiny_dataset as tiny  # noqa: E402
 from tests.data_pipelines import tiny_robocoin as coin  # noqa: E402
+from tests.data_pipelines.synthetic_robocoin import UNSEEN, Synthetic  # noqa: E402
 from tests.full_disk import files_end_at  # noqa: E402
 
 NAMES = list(LAYOUTS["two_6dof_arms"].names)
@@ -90,6 +92,25 @@ def test_metadata_of_the_embodiment(whole: Path) -> None:
     assert info.metadata["state_units"] == list(LAYOUTS["two_6dof_arms"].units)
     assert info.splits["train"].shard_lengths == [1, 2]
     assert info.splits["train"].num_bytes == sum(p.stat().st_size for p in whole.glob("*array_record*"))
+
+
+def test_a_robot_that_lacks_numbers_and_views(tmp_path: Path) -> None:
+    """What it has not, and how its own vectors were brought to the layout, are as in the source."""
+    entry = Entry("arm", Synthetic(UNSEEN["one_arm"], (40,)).write(tmp_path / "recorded"), 1.0, "bot", "two_arms")
+    source, conversion = entry.open(), plan(entry, tmp_path, "png")
+    convert([conversion])
+    dataset = open_converted(conversion.root)
+    assert dataset.state_present.tolist() == [False] * 8 + [True] * 6 + [False, True]
+    np.testing.assert_array_equal(dataset.action_present, source.action_present)
+    assert embodiment_of(dataset) == embodiment_of(source) and dataset.embodiment.absent == ("cam_left_wrist",)
+    np.testing.assert_array_equal(dataset.actions(0), source.actions(0))
+    np.testing.assert_array_equal(dataset.frames(0, "cam_left_wrist", [3]), np.zeros((1, 2, 2, 3), np.uint8))
+    metadata = tfds.builder_from_directory(str(conversion.root)).info.metadata
+    assert metadata["state_present"] == metadata["action_present"] == dataset.state_present.tolist()
+    assert not plan(entry, tmp_path, "png").missing()
+    unit = Gripper.parse({"closed": 0, "open": 10}, "unit")
+    with pytest.raises(DatasetError, match=r"another conversion \(embodiment, recording differ"):
+        plan(dataclasses.replace(entry, said=Reading(gripper=unit)), tmp_path, "png")
 
 
 def test_read_by_grain(whole: Path) -> None:
@@ -280,7 +301,7 @@ def test_another_conversion_in_the_same_folder(entry: Entry, recorded: Path, who
         plan(entry, out, "png", 1)
     with pytest.raises(DatasetError, match="image_format differ"):
         plan(entry, out, "jpeg", 2)
-    differing = "robot, cameras, state_dim, action_dim, state_names, action_names, recording differ"
+    differing = "robot, cameras, state_dim, action_dim, state_names, action_names, embodiment, recording differ"
     with pytest.raises(DatasetError, match=differing):
         plan(Folder("coin", recorded), out, "png", 2)
     assert contents(whole) == before
