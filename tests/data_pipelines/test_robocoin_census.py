@@ -2,17 +2,24 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ahawam_jax.commands import robocoin
+from ahawam_jax.inference.policy import Policy
+from ahawam_jax.training.loop import train
+from data_pipelines.canvas import CAMERAS
 from data_pipelines.embodiment import Embodiment
+from data_pipelines.inspection.doctor import diagnose
 from data_pipelines.readers.layouts import LAYOUTS
-from data_pipelines.readers.subset import Entry, load_subset
+from data_pipelines.readers.subset import Entry, embodiment_of, load_subset
 from tests.data_pipelines import tiny_dataset as tiny
 from tests.data_pipelines.synthetic_robocoin import KEYS, SCHEMAS, UNSEEN, Synthetic, census
+from tests.tiny_config import get_config
 
 ARMS = LAYOUTS["two_arms"].names
 # What a robot records of its grippers where that is not 0 closed and 1 open, and the file has to say it.
@@ -100,7 +107,7 @@ def _answers_as_recorded(made: Synthetic, embodiment: Embodiment, actions: np.nd
 def test_views_are_the_recorded_cameras_or_black(published: dict[str, tuple[Synthetic, Path]], schema: str) -> None:
     made, _ = published[schema]
     dataset = entry(published, schema, layout="two_arms").open()
-    assert [*dataset.cameras] == ["cam_high", "cam_left_wrist", "cam_right_wrist"]
+    assert tuple(dataset.cameras) == CAMERAS
     for view in dataset.cameras:
         pictures = dataset.frames(1, view, [0, 41, 89])
         if view in dataset.embodiment.absent:
@@ -109,3 +116,110 @@ def test_views_are_the_recorded_cameras_or_black(published: dict[str, tuple[Synt
             assert [tiny.number_of(picture) for picture in pictures] == [0, 41, 89]
     sides = {side for side in ("left", "right") if any(side in camera for camera in made.record["cameras"])}
     assert len(dataset.embodiment.absent) == 2 - len(sides)
+
+
+# ---------------------------------------------------------------- from the scan on
+@pytest.fixture(scope="module")
+def proposed(published: dict[str, tuple[Synthetic, Path]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The subset file that the scan writes of all of them."""
+    folder, out = next(iter(published.values()))[1].parent, tmp_path_factory.mktemp("subset") / "proposed.toml"
+    assert robocoin.main([str(folder), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def subset(proposed: Path) -> Path:
+    """The same, with the one direction in doubt told as the file asks for: its own two lines, and no exclude."""
+    lines = proposed.read_text().replace("# [robot.ruantong_a2d]\n# gripper", "[robot.ruantong_a2d]\ngripper")
+    path = proposed.with_name("subset.toml")
+    path.write_text("\n".join(line for line in lines.splitlines() if not line.startswith("exclude")))
+    return path
+
+
+def test_the_scan_proposes_all_and_asks_for_one(
+    published: dict[str, tuple[Synthetic, Path]], proposed: Path, subset: Path
+) -> None:
+    """Units as recorded: those of powers of ten exactly, measured ones to the four digits that the file has."""
+    reasons = {found.name: found.exclude for found in load_subset(proposed) if found.exclude}
+    assert [*reasons] == ["11"] and "documents 0 as open and 1 as closed" in reasons["11"]
+    entries = {found.name: found for found in load_subset(subset)}
+    assert entries.keys() == published.keys()
+    for schema, (made, _) in published.items():
+        dataset = replace(entries[schema], rate=None).open()
+        assert dataset.state_names == ARMS
+        for kind, read in (("state", dataset.states), ("action", dataset.actions)):
+            np.testing.assert_allclose(read(0), expected(made, kind, 0), rtol=0, atol=1e-4, err_msg=schema)
+
+
+def test_the_doctor_finds_nothing_that_stops_training(subset: Path, capsys: pytest.CaptureFixture) -> None:
+    assert diagnose(subset, "three", fast=True, full=False) == 0, capsys.readouterr().out
+
+
+def test_converted_with_its_mask(subset: Path, tmp_path: Path) -> None:
+    """One with a single view and without grippers; the rest of a conversion is tested with it."""
+    pytest.importorskip("apache_beam")
+    from data_pipelines.tfds.convert import convert, plan
+    from data_pipelines.tfds.episodes import open_converted
+
+    (found,) = (found for found in load_subset(subset) if found.name == "20b")
+    conversion, source = plan(found, tmp_path), found.open()
+    convert([conversion])
+    dataset = open_converted(conversion.root)
+    assert source.action_present.tolist() == dataset.action_present.tolist() == [*[True] * 7, False] * 2
+    np.testing.assert_array_equal(dataset.actions(1), source.actions(1))
+    assert embodiment_of(dataset) == embodiment_of(source)
+
+
+def at_rate(made: Synthetic, rows: np.ndarray) -> np.ndarray:
+    """The rows nearest to 30 a second."""
+    ratio = made.fps / 30
+    count = int((len(rows) - 1) / ratio + 1e-9) + 1
+    return rows[np.floor(np.arange(count) * ratio + 0.5).astype(int)]
+
+
+@pytest.mark.slow
+def test_a_mixture_of_all_trains_and_answers(
+    published: dict[str, tuple[Synthetic, Path]], subset: Path, single_device: None, tmp_path: Path
+) -> None:
+    """Three steps, then a policy for every dataset: in its own vector, with the numbers that it holds, by its robot's
+    own statistics."""
+    config = get_config()
+    config.data.update(path=str(subset), cache=str(tmp_path / "cache"), batch_size=32, validation_episodes=0)
+    config.model.update(action_dim=16, state_dim=16)
+    config.mesh.fsdp, config.train.steps, config.policy.steps = 1, 3, 1
+    train(config, tmp_path / "run")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+    entries = {found.name: found for found in load_subset(subset)}
+    datasets: dict[str, list[str]] = {}
+    for found in entries.values():
+        datasets.setdefault(found.robot, []).append(found.name)
+    for schema, (made, _) in published.items():
+        robot = entries[schema].robot
+        policy = Policy.load(tmp_path / "run", robot, schema)
+        assert policy.embodiment == embodiment_of(entries[schema].open())
+        for kind in KEYS:
+            of_robot = [published[name][0] for name in datasets[robot]]
+            rows = np.concatenate([at_rate(m, expected(m, kind, e)) for m in of_robot for e in range(2)])
+            for name, wanted in (("mean", rows.mean(0)), ("std", rows.std(0))):
+                np.testing.assert_allclose(policy.statistics[kind][name], wanted, rtol=0, atol=1e-4, err_msg=schema)
+        answers(made, policy)
+
+
+def answers(made: Synthetic, policy: Policy) -> None:
+    """The numbers that are driven lie within what normalising keeps, the others are held."""
+    own = made.rows("state", 0)[:1]
+    shown = {view: np.full((1, 32, 48, 3), 128, np.uint8) for view in CAMERAS if view not in policy.embodiment.absent}
+    actions, _ = policy(shown, own, policy.start(["put the cup on the tray"]))
+    names = made.names("action")
+    assert actions.shape == (1, policy.model.config.chunk, len(names)) and actions.dtype == np.float32
+    held = [place for place, name in enumerate(names) if name in policy.embodiment.held]
+    driven = [place for place in range(len(names)) if place not in held]
+    assert driven and np.isfinite(actions[..., driven]).all()
+    recorded = np.concatenate([made.rows("action", episode) for episode in range(2)])[:, driven]
+    low, high = recorded.mean(0) - 10 * recorded.std(0), recorded.mean(0) + 10 * recorded.std(0)
+    assert ((low < actions[..., driven]) & (actions[..., driven] < high)).all()
+    for place in held:
+        known = made.names("state").index(names[place]) if names[place] in made.names("state") else None
+        wanted = np.nan if known is None or names[place][0] == "#" else own[0, known]
+        np.testing.assert_array_equal(actions[..., place], wanted)
