@@ -179,10 +179,14 @@ def at_rate(made: Synthetic, rows: np.ndarray) -> np.ndarray:
 
 @pytest.mark.slow
 def test_a_mixture_of_all_trains_and_answers(
-    published: dict[str, tuple[Synthetic, Path]], subset: Path, single_device: None, tmp_path: Path
+    published: dict[str, tuple[Synthetic, Path]],
+    subset: Path,
+    single_device: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three steps, then a policy for every dataset: in its own vector, with the numbers that it holds, by its robot's
-    own statistics."""
+    own statistics. Units are as exact as the four digits of the subset file."""
     config = get_config()
     config.data.update(path=str(subset), cache=str(tmp_path / "cache"), batch_size=32, validation_episodes=0)
     config.model.update(action_dim=16, state_dim=16)
@@ -198,28 +202,55 @@ def test_a_mixture_of_all_trains_and_answers(
         robot = entries[schema].robot
         policy = Policy.load(tmp_path / "run", robot, schema)
         assert policy.embodiment == embodiment_of(entries[schema].open())
+        of_robot = [published[name][0] for name in datasets[robot]]
+        moments = {}
         for kind in KEYS:
-            of_robot = [published[name][0] for name in datasets[robot]]
             rows = np.concatenate([at_rate(m, expected(m, kind, e)) for m in of_robot for e in range(2)])
-            for name, wanted in (("mean", rows.mean(0)), ("std", rows.std(0))):
+            moments[kind] = rows.mean(0), rows.std(0)
+            for name, wanted in zip(("mean", "std"), moments[kind], strict=True):
                 np.testing.assert_allclose(policy.statistics[kind][name], wanted, rtol=0, atol=1e-4, err_msg=schema)
-        answers(made, policy)
+        _answers(made, policy)
+        _is_told_and_answers_in_common(made, policy, moments, monkeypatch)
 
 
-def answers(made: Synthetic, policy: Policy) -> None:
-    """The numbers that are driven lie within what normalising keeps, the others are held."""
-    own = made.rows("state", 0)[:1]
+def _call(made: Synthetic, policy: Policy) -> np.ndarray:
     shown = {view: np.full((1, 32, 48, 3), 128, np.uint8) for view in CAMERAS if view not in policy.embodiment.absent}
-    actions, _ = policy(shown, own, policy.start(["put the cup on the tray"]))
-    names = made.names("action")
+    return policy(shown, made.rows("state", 0)[:1], policy.start(["put the cup on the tray"]))[0]
+
+
+def _answers(made: Synthetic, policy: Policy) -> None:
+    """What is driven is a number, what is held is the state's."""
+    actions, names, known = _call(made, policy), made.names("action"), made.names("state")
     assert actions.shape == (1, policy.model.config.chunk, len(names)) and actions.dtype == np.float32
-    held = [place for place, name in enumerate(names) if name in policy.embodiment.held]
-    driven = [place for place in range(len(names)) if place not in held]
-    assert driven and np.isfinite(actions[..., driven]).all()
-    recorded = np.concatenate([made.rows("action", episode) for episode in range(2)])[:, driven]
-    low, high = recorded.mean(0) - 10 * recorded.std(0), recorded.mean(0) + 10 * recorded.std(0)
-    assert ((low < actions[..., driven]) & (actions[..., driven] < high)).all()
-    for place in held:
-        known = made.names("state").index(names[place]) if names[place] in made.names("state") else None
-        wanted = np.nan if known is None or names[place][0] == "#" else own[0, known]
+    assert len(policy.embodiment.held) == len(names) - policy.embodiment.action.present.sum()
+    for place, name in enumerate(names):
+        if name not in policy.embodiment.held:
+            assert np.isfinite(actions[..., place]).all()
+            continue
+        wanted = made.value(name, "state", 0)[0] if name in known and name[0] != "#" else np.nan
         np.testing.assert_array_equal(actions[..., place], wanted)
+
+
+def _is_told_and_answers_in_common(
+    made: Synthetic, policy: Policy, moments: dict[str, tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that says 0 everywhere moves the robot to its mean action, in its own units; it is told the state."""
+    told = []
+
+    def silent(params: Any, tower: Any, context: Any, canvas: Any, states: np.ndarray, *rest: Any) -> np.ndarray:
+        told.append(states)
+        return np.zeros((1, policy.model.config.chunk, 16), np.float32)
+
+    monkeypatch.setattr(policy, "_chunk", silent)
+    actions = _call(made, policy)
+    mean, std = moments["state"]
+    wanted = np.divide(expected(made, "state", 0)[0] - mean, std, out=np.zeros(16), where=std > 0)
+    np.testing.assert_allclose(told[0][0], wanted, rtol=0, atol=1e-3)
+    for place, name in enumerate(made.names("action")):
+        own = ARMS.index(name.replace("_open", "_open_scale")) if name not in policy.embodiment.held else None
+        if own is not None:
+            mean, unit = moments["action"][0][own], (0.0, 1.0)
+            if "gripper" in name:
+                unit = [np.broadcast_to(end, 2)[int("right" in name)] for end in made.action_gripper]
+            answer = unit[0] + mean * (unit[1] - unit[0])
+            np.testing.assert_allclose(actions[..., place], answer, rtol=1e-3, atol=1e-3)
