@@ -8,8 +8,9 @@ namings, with grippers of 0..1, of 0..100 mm and with hands. An episode has 24 s
 RoboCOIN's have on average. Datasets of a naming share their files on disk (hard links), so that reading is from
 memory: what a slower disk adds is its own. One dataset in the midst has a parquet file that ends too early.
 
-The scan runs in a process of its own. Memory is the proportional set size of that process and all it starts, sampled
-while it runs; the peak until 10%, until 50% and until the end says whether it grows with the folder.
+The scan runs in a process of its own. CPU seconds are of that process and all it starts, which tells on a machine
+that does other things as well. Memory is their proportional set size, sampled while they run; the peak until 10%,
+until 50% and until the end says whether it grows with the folder.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -182,10 +184,10 @@ def _text(path: Path) -> str:
         return ""
 
 
-def scan(folder: Path, out: Path) -> tuple[float, list[int], str]:
-    """Seconds, the peak of memory in bytes up to each of SHARES, and all that was said."""
+def scan(folder: Path, out: Path) -> tuple[float, float, list[int], str]:
+    """Seconds, CPU seconds, the peak of memory in bytes up to each of SHARES, and all that was said."""
     command = [sys.executable, "-m", "ahawam_jax", "robocoin", str(folder), "--out", str(out)]
-    began = time.monotonic()
+    began, before = time.monotonic(), _cpu_seconds()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     memory, peaks, said = Memory(process), [], ""
     for line in process.stdout:
@@ -194,7 +196,14 @@ def scan(folder: Path, out: Path) -> tuple[float, list[int], str]:
             done, total = (int(number.replace(",", "")) for number in told.groups())
             peaks += [memory.peak] * (sum(done >= share * total for share in SHARES) - len(peaks))
     process.wait()
-    return time.monotonic() - began, [*peaks, *[memory.peak] * len(SHARES)][: len(SHARES)], said
+    seconds, cpu = time.monotonic() - began, _cpu_seconds() - before
+    return seconds, cpu, [*peaks, *[memory.peak] * len(SHARES)][: len(SHARES)], said
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -215,16 +224,16 @@ def main() -> None:
         if not folder.exists():
             noted.write_text(write_tree(folder, options.datasets, options.episodes))
         broken, datasets = noted.read_text(), len(list(folder.iterdir()))
-        seconds, peaks, said = scan(folder, Path(temporary) / "subset.toml")
+        seconds, cpu, peaks, said = scan(folder, Path(temporary) / "subset.toml")
     print(said)
     if broken not in said:
         sys.exit(f"error: the scan does not name {broken}, which is broken.")
     rates = (f"{60 * count / seconds:,.0f}" for count in (datasets, datasets * options.episodes))
     shares = [f"peak MiB until {share:.0%}" for share in SHARES]
-    print(_row("datasets", "episodes of each", "seconds", "datasets/min", "episodes/min", *shares))
-    print("|---" * (5 + len(shares)) + "|")
+    print(_row("datasets", "episodes of each", "seconds", "CPU s", "datasets/min", "episodes/min", *shares))
+    print("|---" * (6 + len(shares)) + "|")
     memory = (f"{peak / 2**20:.0f}" for peak in peaks)
-    print(_row(datasets, options.episodes, f"{seconds:.1f}", *rates, *memory))
+    print(_row(datasets, options.episodes, f"{seconds:.1f}", f"{cpu:.1f}", *rates, *memory))
 
 
 def _row(*cells: object) -> str:

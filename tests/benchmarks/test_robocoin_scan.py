@@ -33,9 +33,9 @@ def test_one_dataset_is_broken_and_named(tmp_path: Path, monkeypatch: pytest.Mon
             np.testing.assert_array_equal(dataset.actions(episode)[:-1], states[1:])
             grippers = states[:, [place for place, name in enumerate(names) if "gripper" in name]]
             assert not grippers.size or (grippers.min(), grippers.max()) == (0, opened)
-    _, peaks, said = benchmark.scan(folder, out)
+    seconds, cpu, peaks, said = benchmark.scan(folder, out)
     assert {entry.path.name for entry in load_subset(out) if entry.exclude} == {broken} and broken in said
-    assert len(peaks) == 3 and 0 < peaks[0] <= peaks[1] <= peaks[2]
+    assert seconds > 0 and cpu > 0 and len(peaks) == 3 and 0 < peaks[0] <= peaks[1] <= peaks[2]
 
 
 def test_memory_is_that_of_a_process_and_all_it_starts() -> None:
