@@ -73,8 +73,7 @@ def make_loader(
     windows: WindowConfig,
     batch_size: int,
     seed: int,
-    host_index: int = 0,
-    host_count: int = 1,
+    places: Sequence[int] | None = None,
     start_step: int = 0,
     workers: int = 0,
 ) -> Iterator[Batch]:
@@ -84,14 +83,14 @@ def make_loader(
     any stretch of the stream its number of samples differs from its share by a few samples at most. `instruction`
     counts in `instructions(sources)`.
 
-    batch_size: samples of all hosts together; this host gets the host_index-th of host_count equal parts, one after
-    the other, and reads nothing else. start_step: number of batches already consumed; the stream continues exactly
+    batch_size: samples of all hosts together. places: which of a batch, 0 to batch_size - 1, this host gets; nothing
+    else is read; all by default. start_step: number of batches already consumed; the stream continues exactly
     there. workers: processes that make the batches, for hosts with more cores than one interpreter keeps busy; 0 makes
     them in threads of this one. They take batches in turn, never touch an accelerator and end with this process; a
     script that asks for them needs its `if __name__ == "__main__"` guard. Raises ValueError for sources that do not
-    fit into one batch and for impossible shares.
+    fit into one batch and for impossible places.
     """
-    share = _share(batch_size, host_index, host_count)
+    chosen = _places(batch_size, places)
     if start_step < 0:
         raise ValueError(f"start_step {start_step} must not be negative.")
     mixture = _Mixture(sources, windows)
@@ -103,8 +102,8 @@ def make_loader(
     ]
 
     def batch(step: int) -> Batch:
-        delta = np.random.default_rng([seed, step]).integers(windows.max_offset + 1, size=batch_size)[share]
-        source, count = zip(*(place(step * batch_size + k) for k in range(batch_size)[share]), strict=True)
+        delta = np.random.default_rng([seed, step]).integers(windows.max_offset + 1, size=batch_size)[chosen]
+        source, count = zip(*(place(step * batch_size + int(k)) for k in chosen), strict=True)
         index = [orders[s][n] for s, n in zip(source, count, strict=True)]
         return mixture.gather(np.array(source), np.array(index), delta)
 
@@ -153,15 +152,13 @@ def evaluation_batches(
     windows: WindowConfig,
     batch_size: int,
     batches: int,
-    host_index: int = 0,
-    host_count: int = 1,
+    places: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """`batches` full batches of fixed windows, spread evenly over all rows of the sources' episodes; no weights.
 
-    The same windows, offsets (0, 1, .., max_offset, 0, ..) and order on every call; hosts share a batch as in
-    `make_loader`.
+    The same windows, offsets (0, 1, .., max_offset, 0, ..) and order on every call; places as in `make_loader`.
     """
-    share = _share(batch_size, host_index, host_count)
+    chosen = _places(batch_size, places)
     mixture = _Mixture(sources, windows)
     sizes = [len(part) for part in mixture.parts]
     total, count = sum(sizes), batches * batch_size
@@ -174,8 +171,8 @@ def evaluation_batches(
     source = np.searchsorted(np.cumsum(sizes), index, side="right")
     index -= (np.cumsum(sizes) - sizes)[source]
     delta = np.arange(count) % (windows.max_offset + 1)
-    shares = np.arange(count).reshape(batches, batch_size)[:, share]
-    return (mixture.gather(source[k], index[k], delta[k]) for k in shares)
+    order = np.arange(count).reshape(batches, batch_size)[:, chosen]
+    return (mixture.gather(source[k], index[k], delta[k]) for k in order)
 
 
 class _Mixture:
@@ -250,12 +247,11 @@ def _seed(*words: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
-def _share(batch_size: int, host_index: int, host_count: int) -> slice:
-    """The host's places in a batch."""
-    if batch_size < 1 or batch_size % host_count or not 0 <= host_index < host_count:
-        raise ValueError(
-            f"host {host_index} of {host_count} with batch_size {batch_size}: the index must be below the "
-            "count, and the count must divide the batch size."
-        )
-    local = batch_size // host_count
-    return slice(host_index * local, (host_index + 1) * local)
+def _places(batch_size: int, places: Sequence[int] | None) -> np.ndarray:
+    """int [b] of the places in a batch that are wanted."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1.")
+    chosen = np.arange(batch_size) if places is None else np.asarray(places)
+    if not chosen.size or not 0 <= chosen.min() <= chosen.max() < batch_size:
+        raise ValueError(f"places {chosen.tolist()} in a batch of {batch_size}: give some of 0 to {batch_size - 1}.")
+    return chosen

@@ -25,6 +25,7 @@ from typing import Any
 
 from data_pipelines.disk import writing
 
+FILE = ".owner"  # in a folder that one process owns all of
 BEAT, SILENT = 10.0, 60.0  # seconds: between two signs of life, and without any until an owner elsewhere is gone
 POLL, SETTLE = 0.5, 1.0  # seconds: between two looks of who waits; until a note without a lock counts as kept
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -45,7 +46,7 @@ class Owner:
     """
 
     def __init__(self, folder: str | Path, name: str = "", wait: bool = False) -> None:
-        self.folder, self.file = Path(folder), f".{name}.owner" if name else ".owner"
+        self.folder, self.file = Path(folder), f".{name}.owner" if name else FILE
         self._subject = self.folder / name
         made, told = not self.folder.exists(), False
         while (other := self._try()) is not None:

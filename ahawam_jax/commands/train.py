@@ -6,10 +6,15 @@ Resumes if DIR holds a checkpoint, on the data it was trained on: what has chang
 --accept-changed-data goes on with it. Ctrl-C and SIGTERM save a checkpoint and stop. Writes DIR/checkpoints,
 DIR/metrics.jsonl (a line per step) and DIR/tensorboard.
 
+Started by srun, mpirun, as a GKE JobSet or on every worker of a TPU-VM, the processes make up one job by themselves.
+Elsewhere each is told: --coordinator=HOST:PORT --process=0 --processes=4, or JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID
+and JAX_NUM_PROCESSES.
+
 Exit status: 0 when all steps are done; 75 when the same command is to be started again, as after a signal or where
 another process of the job is lost; 1 for what it cannot go on with.
 """
 
+import os
 import sys
 import traceback
 
@@ -19,13 +24,20 @@ from ahawam_jax.commands.flags import CONFIG, WORKDIR, require, run_with_flags
 
 ACCEPT = flags.DEFINE_bool("accept-changed-data", False, "Resume although the data have changed, and record how.")
 
+COORDINATOR = flags.DEFINE_string("coordinator", None, "Of a job of several processes: host:port of process 0.")
+PROCESS = flags.DEFINE_integer("process", None, "Number of this process in the job, from 0.")
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the job has.")
+
 
 def _train(argv: list[str]) -> None:
     require(argv, CONFIG, WORKDIR)
+    from ahawam_jax.training.clusters import find_job
+    from ahawam_jax.training.hosts import join
     from ahawam_jax.training.loop import train
     from ahawam_jax.training.stopping import REQUEUE, Interrupted, LostProcess, end
 
     try:
+        join(find_job(os.environ, COORDINATOR.value, PROCESS.value, PROCESSES.value))
         train(CONFIG.value, WORKDIR.value, ACCEPT.value)
     except (ValueError, OSError, FloatingPointError) as error:
         end(1, f"error: {error}")

@@ -1,6 +1,7 @@
 """The data of a run, from its config: one dataset, or the mixture that a subset file names."""
 
 import dataclasses
+import json
 import os
 import zlib
 from collections.abc import Mapping
@@ -39,8 +40,15 @@ class Data:
     context: np.ndarray  # [J, K, X] text tokens of every text that an episode has
     context_mask: np.ndarray  # [J, K]
 
+    @property
+    def sums(self) -> dict[str, str]:
+        """What tells these data from others: a checksum of every dataset and of what the towers make of it."""
+        parts = {f"data of {part['name'] or part['path']}": part for part in self.record["data"]}
+        parts["towers"] = self.record["towers"]
+        return {name: f"{zlib.crc32(json.dumps(part, sort_keys=True).encode()):08x}" for name, part in parts.items()}
+
     def put(self, batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-        """This host's rows of a loader batch on the devices, their instructions replaced by text tokens."""
+        """This process's rows of a loader batch on the devices, their instructions replaced by text tokens."""
         rows = {name: x for name, x in batch.items() if name != "instruction"}
         index = self.place[batch["instruction"]]
         rows |= {"context": self.context[index], "context_mask": self.context_mask[index]}

@@ -2,7 +2,6 @@
 
 import json
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ahawam_jax.checkpoints import Checkpoints, find_step
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.towers.building import build_text_tower, build_video_tower
-from ahawam_jax.training import sharding
+from ahawam_jax.training import hosts, sharding
 from ahawam_jax.training.data import Data, open_data
 from ahawam_jax.training.objective import ObjectiveConfig
 from ahawam_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
@@ -31,7 +30,7 @@ from ahawam_jax.training.validation import make_open_loop_error
 from ahawam_jax.training.watch import Watch
 from data_pipelines.disk import writing
 from data_pipelines.loader import evaluation_batches, make_loader
-from data_pipelines.ownership import Owner, owned
+from data_pipelines.ownership import Owner
 from data_pipelines.paths import local_path, refuse_addresses
 from data_pipelines.progress import StatusLine, clock, say
 from data_pipelines.statistics import describe_losses
@@ -108,41 +107,48 @@ def train(config: ConfigDict, workdir: str | Path, accept_changed_data: bool = F
     """Trains config into workdir, resuming if it holds a checkpoint. Returns the last open-loop error.
 
     accept_changed_data: go on although the data are not those that the checkpoint was trained on.
-    Raises, in sentences, ValueError for input that does not fit and for a workdir that another process trains in,
-    OSError where it cannot be written; FloatingPointError after config.train.max_bad_steps steps in a row that were
-    not finite; Interrupted after SIGINT or SIGTERM; LostProcess where another process of the job is gone.
+    All processes of a job call it together. Raises, in sentences, ValueError for input that does not fit, for
+    processes that differ and for a workdir that another job trains in, OSError where it cannot be written;
+    FloatingPointError after config.train.max_bad_steps steps in a row that were not finite; Interrupted after SIGINT
+    or SIGTERM; LostProcess where another process of the job is gone.
     """
     workdir = local_path(workdir)
     refuse_addresses(config.to_dict(), "config.")
-    with nullcontext() if jax.process_index() else owned(workdir) as owner:
-        with others_may_be_lost():
+    asked = {"config": json.loads(config.to_json()), "--accept-changed-data": accept_changed_data}
+    with others_may_be_lost():
+        hosts.agree(hosts.fields(asked) | hosts.environment())
+        with hosts.owned_by_first(workdir) as owner:
             return _train(config, workdir, owner, accept_changed_data)
 
 
 def _train(config: ConfigDict, workdir: Path, owner: Owner | None, accept_changed_data: bool) -> float:
     model = AhaWam(ModelConfig.create(config.model))
     objective, optimizer = ObjectiveConfig(**config.objective), OptimizerConfig(**config.optimizer)
-    mesh = sharding.make_mesh(config.mesh)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"] * optimizer.accumulate
-    if config.data.batch_size % rows:
-        raise ValueError(
-            f"config.data.batch_size {config.data.batch_size} must be a multiple of mesh data * fsdp * accumulate = "
-            f"{rows}."
-        )
-    tower = build_video_tower(config.towers, model.config, sharding.replicated(mesh))
-    checkpoints = Checkpoints(workdir, config.train.keep)
-    before = read_record(checkpoints)
-    if before:
-        check_config(before, config, workdir)
-    text_tower = build_text_tower(config.towers, model.config)
-    data = open_data(config, model.config, text_tower, tower, before, accept_changed_data)
-    asked = json.loads(config.to_json())
-    config = config.copy_and_resolve_references()
-    windows = sum(source.rows for source in data.train)
-    config.train.steps = steps_of(config.train, windows, config.data.batch_size, optimizer)
-    if before:
-        check_length(before, config.train.steps, optimizer)
-    write_config(workdir, asked, checkpoints.safe)
+    with hosts.together():
+        # On one host -1 needs no size.
+        size = state_bytes(model, optimizer) if jax.process_count() > 1 else 0
+        mesh = sharding.make_mesh(config.mesh, state_bytes=size)
+        rows = mesh.shape["data"] * mesh.shape["fsdp"] * optimizer.accumulate
+        if config.data.batch_size % rows:
+            raise ValueError(
+                f"config.data.batch_size {config.data.batch_size} must be a multiple of mesh data * fsdp * accumulate "
+                f"= {rows}."
+            )
+        tower = build_video_tower(config.towers, model.config, sharding.replicated(mesh))
+        checkpoints = Checkpoints(workdir, config.train.keep)
+        before = read_record(checkpoints)
+        if before:
+            check_config(before, config, workdir)
+        text_tower = build_text_tower(config.towers, model.config)
+        data = open_data(config, model.config, text_tower, tower, before, accept_changed_data)
+        asked = json.loads(config.to_json())
+        config = config.copy_and_resolve_references()
+        windows = sum(source.rows for source in data.train)
+        config.train.steps = steps_of(config.train, windows, config.data.batch_size, optimizer)
+        if before:
+            check_length(before, config.train.steps, optimizer)
+        write_config(workdir, asked, checkpoints.safe)
+    hosts.agree({"steps": config.train.steps, "newest checkpoint": checkpoints.latest, **data.sums})
 
     tx = make_optimizer(optimizer, config.train.steps)
     key = jax.random.key(config.seed)
@@ -154,10 +160,10 @@ def _train(config: ConfigDict, workdir: Path, owner: Owner | None, accept_change
         out_shardings=(layout, sharding.replicated(mesh), sharding.replicated(mesh)),
     )  # fmt: skip
     open_loop_error = make_open_loop_error(model, config.policy.steps, objective.shift)
+    places = sharding.batch_rows(mesh, config.data.batch_size)
     loader = make_loader(
-        data.train, data.windows, config.data.batch_size, config.seed, jax.process_index(), jax.process_count(), start,
-        config.data.workers,
-    )  # fmt: skip
+        data.train, data.windows, config.data.batch_size, config.seed, places, start, config.data.workers
+    )
     schedule = learning_rate(optimizer, config.train.steps)
     log, error = Log(workdir, start, checkpoints), float("nan")
     _banner(config, model, data, mesh, start)
@@ -206,6 +212,12 @@ def _train(config: ConfigDict, workdir: Path, owner: Owner | None, accept_change
     return error
 
 
+def state_bytes(model: AhaWam, optimizer: OptimizerConfig) -> int:
+    """Of a whole train state."""
+    tx, key = make_optimizer(optimizer, 1), jax.random.key(0)
+    return sharding.state_size(jax.eval_shape(lambda: create_state(model, tx, key, optimizer.ema_decay > 0)))
+
+
 def initial_state(
     model: AhaWam, tx: Any, key: jax.Array, ema: bool, mesh: jax.sharding.Mesh, checkpoints: Checkpoints,
     start_from: str = "",
@@ -238,7 +250,7 @@ def _validate(config, data, state, mesh, open_loop_error, tower) -> float:
     params = state.params if state.ema is None else state.ema
     size = config.data.batch_size
     count = min(VALIDATION_BATCHES, sum(source.rows for source in data.validation) // size)
-    batches = evaluation_batches(data.validation, data.windows, size, count, jax.process_index(), jax.process_count())
+    batches = evaluation_batches(data.validation, data.windows, size, count, sharding.batch_rows(mesh, size))
     errors = [
         open_loop_error(params, data.put(batch, mesh), tower, jax.random.key(i))
         for i, batch in enumerate(batches)
@@ -289,8 +301,8 @@ def _banner(config: ConfigDict, model: AhaWam, data: Data, mesh: jax.sharding.Me
     print(
         f"{begin}: {sum(len(d.lengths) for d in datasets)} episodes of {len(datasets)} datasets, "
         f"{sum(source.rows for source in data.train)} rows to train, {datasets[0].fps:.5g} a second{cached}; batch "
-        f"{config.data.batch_size}; mesh {dict(mesh.shape)} on {jax.devices()[0].device_kind}; compute "
-        f"{model.config.dtype}",
+        f"{config.data.batch_size}; mesh {sharding.describe_mesh(mesh)}, {mesh.size} x "
+        f"{jax.devices()[0].device_kind} in {jax.process_count()} processes; compute {model.config.dtype}",
         flush=True,
     )
     for sentence in describe_losses(datasets, data.statistics):

@@ -15,6 +15,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ahawam_jax.checkpoints import Checkpoints
+from ahawam_jax.training.hosts import fields
 from ahawam_jax.training.optimizer import OptimizerConfig, learning_rate
 from data_pipelines.disk import whole_file, writing
 
@@ -44,7 +45,7 @@ def read_record(checkpoints: Checkpoints) -> Record | None:
 
 def check_config(record: Record, config: ConfigDict, workdir: Path) -> None:
     """Raises ValueError listing the fields that may not change and have."""
-    before, after = _fields(record["config"]), _fields(json.loads(config.to_json()))
+    before, after = fields(record["config"]), fields(json.loads(config.to_json()))
     changed = [
         f"{name}: {before.get(name, 'absent')} there, {after.get(name, 'absent')} now"
         for name in sorted(before.keys() | after.keys())
@@ -126,9 +127,3 @@ def check_length(record: Record, steps: int, optimizer: OptimizerConfig) -> None
             f"steps: {rates[1]:.3g}, where that of {before} steps would be {rates[0]:.3g}",
             flush=True,
         )
-
-
-def _fields(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, x in tree.items() for k, v in _fields(x, f"{prefix}.{key}".removeprefix(".")).items()}

@@ -112,9 +112,15 @@ def hosts() -> Iterator[list[ProcessPoolExecutor]]:
         pool.shutdown()
 
 
+def share(size: int, host: int, count: int) -> list[int]:
+    """Every host gets as many neighbouring places of a batch."""
+    return list(range(host * size // count, (host + 1) * size // count))
+
+
 def run_host(root: Path, host: int, count: int, start: int, stop: int) -> Batch:
     """The batches start..stop of one host; runs in its process."""
-    return take(make_loader(mixture(root), CONFIG, BATCH, 5, host, count, start), stop - start)
+    """The batches start..stop of one host; runs in its process."""
+    return take(make_loader(mixture(root), CONFIG, BATCH, 5, share(BATCH, host, count), start), stop - start)
 
 
 def run_job(hosts: list[ProcessPoolExecutor], root: Path, count: int, start: int, stop: int) -> Batch:
@@ -323,7 +329,7 @@ def test_evaluation_is_fixed(source: Source) -> None:
     held_out = replace(source, episodes=[1])
 
     def evaluate(host: int = 0, hosts: int = 1) -> Batch:
-        return take(evaluation_batches([held_out], CONFIG, 6, 2, host, hosts), 3)
+        return take(evaluation_batches([held_out], CONFIG, 6, 2, share(6, host, hosts)), 3)
 
     whole = evaluate()
     starts = drawn(whole)[..., 0].ravel() - tiny.LENGTHS[0]
@@ -343,10 +349,19 @@ def test_evaluation_covers_all_sources(root: Path) -> None:
     assert seen == rows  # 165 windows, all there are
 
 
-@pytest.mark.parametrize(("size", "host", "hosts"), [(8, 0, 3), (8, 2, 2), (8, -1, 2), (0, 0, 1)])
-def test_impossible_shares(source: Source, size: int, host: int, hosts: int) -> None:
-    with pytest.raises(ValueError, match=f"host {host} of {hosts} with batch_size {size}"):
-        make_loader([source], CONFIG, size, 0, host, hosts)
+def test_places_need_not_be_neighbours(source: Source, stream: Batch) -> None:
+    """What a process loads follows from the mesh: any places, also those of another process."""
+    places = [1, 2, 6]
+    taken = take(make_loader([source], CONFIG, BATCH, 5, places), 3)
+    assert_same(taken, {key: value[:3, places] for key, value in stream.items()})
+
+
+@pytest.mark.parametrize("places", [[8], [-1, 0], []])
+def test_impossible_places(source: Source, places: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"in a batch of 8: give some of 0 to 7"):
+        make_loader([source], CONFIG, 8, 0, places)
+    with pytest.raises(ValueError, match="batch_size 0 must be"):
+        make_loader([source], CONFIG, 0, 0)
 
 
 def test_cached_and_decoded_frames_give_the_same_batches(dataset: Episodes, tmp_path: Path) -> None:

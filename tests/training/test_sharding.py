@@ -1,5 +1,6 @@
 """Eight virtual devices against one: the same step, and checkpoints that move between them."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -268,3 +269,84 @@ def test_mesh_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="does not fit 8 devices"):
         sharding.make_mesh(dict(data=3, fsdp=1, tensor=1))
     assert sharding.make_mesh(dict(data=-1, fsdp=2, tensor=2)).shape["data"] == 2
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A device of a machine that is not here."""
+
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100"
+    process_index: int = 7
+
+
+def cluster(hosts: int, each: int) -> list[Absent]:
+    return [Absent(number, number // each) for number in range(hosts * each)]
+
+
+@pytest.mark.parametrize("sizes, hosts, each, crossing", [
+    ((8, 8, 1), 8, 8, "data between 8 hosts"),
+    ((2, 4, 4), 4, 8, "data and fsdp between 4 hosts"),
+    ((4, 2, 4), 4, 8, "data between 4 hosts"),
+    ((3, 4, 2), 3, 8, "data between 3 hosts"),
+    ((1, 64, 1), 8, 8, "fsdp between 8 hosts"),
+    ((2, 3, 4), 4, 6, "data and tensor between 4 hosts"),
+])  # fmt: skip
+def test_inner_axes_stay_inside_a_host(sizes: tuple[int, int, int], hosts: int, each: int, crossing: str) -> None:
+    """As far as they fit: along an axis as many neighbours as divide what the axes inside it leave of a host."""
+    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=True)), cluster(hosts, each))
+    assert sharding.describe_mesh(mesh).endswith(f", {crossing}")
+    assert {device.id for device in mesh.devices.flat} == set(range(hosts * each))
+    host = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    near = int(np.gcd(sizes[2], each))
+    assert all(len(np.unique(line)) == 1 for line in host.reshape(-1, near))
+
+
+def test_what_minus_one_stands_for() -> None:
+    """Split over a host, copied between hosts; over more of them where a host is too small for the state."""
+    sizes, gib = dict(data=-1, fsdp=-1, tensor=1), 2**30
+
+    def shape(state: int, memory: int | None, **more: int) -> tuple[int, int, int]:
+        return sharding.mesh_shape(sizes | more, 8, 8, state * gib, memory and memory * gib)
+
+    assert shape(82, 80) == (8, 8, 1)  # 10 GiB of 80 a device
+    assert shape(82, 16) == (4, 16, 1)  # 10 of 16 are more than half, 5 are not
+    assert shape(82, 4) == (1, 64, 1)
+    assert shape(10**4, 80) == (1, 64, 1)  # nothing is enough: as little a device as can be
+    assert shape(10**4, None) == (8, 8, 1)
+    assert shape(82, 16, tensor=2) == (4, 8, 2)
+    assert shape(82, 80, tensor=16) == (4, 1, 16)
+    assert shape(82, 80, data=2) == (2, 32, 1)
+    assert sharding.mesh_shape(sizes, 1, 8, 10**15, 1) == (1, 8, 1)
+
+
+def test_hosts_of_different_sizes() -> None:
+    with pytest.raises(ValueError, match="The hosts have 8, 7 devices"):
+        sharding.make_mesh(dict(data=1, fsdp=-1, tensor=1), cluster(2, 8)[:15])
+
+
+def test_rows_of_a_process_follow_from_the_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes are made of the eight devices, which the mesh holds in another order."""
+    devices = np.array(jax.devices())[[0, 4, 1, 5, 2, 6, 3, 7]].reshape(2, 2, 2)
+    mesh = jax.sharding.Mesh(devices, sharding.MESH_AXES)
+    whole = {"x": np.arange(48).reshape(16, 3)}
+
+    def rows_of(*numbers: int) -> list[int]:
+        near = {d: span for d, span in spans.items() if d.id in numbers}
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                jax.sharding.NamedSharding, "addressable_devices_indices_map", lambda self, shape: near
+            )
+            return sharding.batch_rows(mesh, 16).tolist()
+
+    spans = sharding.batch_sharding(mesh).devices_indices_map((16,))
+    assert rows_of(0) == rows_of(4) == [0, 1, 2, 3]  # a pair along tensor
+    assert rows_of(1, 3) == [4, 5, 6, 7, 12, 13, 14, 15]
+    assert sharding.batch_rows(mesh, 16).tolist() == list(range(16))
+    placed = sharding.put_batch(whole, mesh)["x"]
+    np.testing.assert_array_equal(placed, whole["x"])
+    assert placed.sharding == sharding.batch_sharding(mesh)
+    with pytest.raises(ValueError, match="15 rows of x cannot be split over 4 parts"):
+        sharding.put_batch({"x": whole["x"][:15]}, mesh)
