@@ -137,9 +137,15 @@ def find(root: Path, path: str, videos: bool = False) -> Finding:
     path: what the finding is to call it.  videos: also the header of every video that a view needs.
     """
     try:
-        dataset = open_robocoin(root)
+        return _find(root, path, videos)
     except (DatasetError, OSError) as error:
         return Finding(path, problem=str(error))
+    except Exception as error:  # of whatever nobody thought of; it must not stop the scan of a thousand others
+        return Finding(path, problem=f"{root} cannot be read: {error!r}; copy the dataset again.")
+
+
+def _find(root: Path, path: str, videos: bool) -> Finding:
+    dataset = open_robocoin(root)
     said = _metadata(dataset)
     try:
         # What is recorded of a gripper is for `units` to say.

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from data_pipelines.inspection.findings import STILL_SECONDS, Finding
 from data_pipelines.inspection.units import Unit, toml_gripper, unit_of
+from data_pipelines.readers.base import GRID_TOLERANCE
+from data_pipelines.readers.layouts import LAYOUTS
 from data_pipelines.readers.resampled import same_rate
 from data_pipelines.windows import WindowConfig
 
@@ -190,8 +192,9 @@ def _head(proposal: Proposal, about: Sequence[str]) -> Iterator[str]:
     if left := len(proposal.candidates) - len(included):
         yield f"# {left} more are left out, with the reason as exclude; delete that line to use one all the same."
     yield ""
-    numbers = "14 numbers, all there in every robot" if proposal.layout == "two_6dof_arms" else "16 numbers"
-    yield f'layout = "{proposal.layout}"  # {numbers}'
+    count = len(LAYOUTS[proposal.layout].names)
+    yield f"# {count} numbers: train with --config.model.action_dim={count} --config.model.state_dim={count}."
+    yield f'layout = "{proposal.layout}"'
     if proposal.rate is not None:
         yield f"rate = {proposal.rate:g}  # rows per second of the slowest; of the others rows are left out"
 
@@ -252,6 +255,8 @@ def _size(finding: Finding) -> str:
 
 
 def _notes(finding: Finding) -> Iterator[str]:
+    if finding.off > GRID_TOLERANCE:
+        yield f"Time stamps are up to {finding.off:.2g} rows off; rows are taken as evenly spaced."
     if finding.bad:
         yield f"{finding.bad} rows are marked as bad; they are left out."
     for kind, places in finding.unnamed.items():

@@ -13,7 +13,7 @@ from data_pipelines.disk import writing
 from data_pipelines.episodes import DatasetError
 from data_pipelines.inspection.findings import Finding, find, state_of_files
 from data_pipelines.processes import worker_pool
-from data_pipelines.progress import Progress
+from data_pipelines.progress import Progress, finish_line
 from data_pipelines.readers.base import keep_rows
 from data_pipelines.readers.lerobot_files import INFO
 
@@ -53,17 +53,22 @@ def scan(root: Path, kept: Path, videos: bool = False) -> list[Finding]:
     left = [name for name in names if name not in found]
     if found:
         print(f"{len(found)} of {len(names)} datasets are as they were when {kept} was written", file=sys.stderr)
+    safe = f"What was found until then is in {kept}; the same command goes on from there."
     if left:
-        _scan(names, keys, left, found, kept, videos)
+        try:
+            _scan(names, keys, left, found, kept, videos, safe)
+        except KeyboardInterrupt:
+            finish_line()
+            print(safe, file=sys.stderr)
+            raise
     return [found[name] for name in names]
 
 
 def _scan(
     names: Mapping[str, Path], keys: Mapping[str, str], left: list[str], found: dict[str, Finding], kept: Path,
-    videos: bool,
+    videos: bool, safe: str,
 ) -> None:  # fmt: skip
     """Adds what is left to `found` and to the file."""
-    safe = f"What was found until then is in {kept}; the same command goes on from there."
     progress = Progress(len(names), "datasets", done=len(found), stream=sys.stderr)
     episodes = broken = 0
     workers = min(os.cpu_count() or 1, len(left))

@@ -235,6 +235,21 @@ def test_layout_and_rate_are_those_of_what_is_included(tmp_path: Path) -> None:
     assert propose([finding("a"), odd]).layout == "two_arms" and propose([finding("a"), finding("b")]).rate is None
 
 
+def test_what_is_no_reason_to_leave_a_dataset_out_is_said(tmp_path: Path) -> None:
+    plain = finding("a")
+    said = finding("b", off=0.25, bad=12, unnamed={"action": (12, 13)}, absent=("cam_left_wrist",), still=3)
+    texts = [to_toml(propose([one]), tmp_path, tmp_path / "x.toml", []) for one in (plain, said)]
+    notes = (
+        "# Time stamps are up to 0.25 rows off;",
+        "# 12 rows are marked as bad; they are left out.",
+        "# Of the action's 14 numbers, 12, 13 (from 0) have no name; not used.",
+        "# No camera for cam_left_wrist: black.",
+        "still_tail = 1.0  # 3 episodes stand still",
+    )
+    assert [sum(note in text for note in notes) for text in texts] == [0, 5]
+    assert "--config.model.action_dim=14" in texts[0]
+
+
 def test_the_file_is_the_same_whatever_the_order(tmp_path: Path) -> None:
     found = [finding(x, "r.1" if x < "c" else "s") for x in "abcd"]
     texts = {to_toml(propose(order), tmp_path, tmp_path / "x.toml", []) for order in (found, found[::-1])}

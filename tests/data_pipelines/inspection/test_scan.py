@@ -128,6 +128,15 @@ def test_a_broken_dataset_is_named_and_the_rest_go_on(tree: Path, tmp_path: Path
     assert found["still"].equal and found["a/pour"].bad == 20 and found["a/pour"].still == 2
 
 
+@pytest.mark.parametrize("key, value, said", [("total_frames", [], "set cannot be read"), ("fps", 0, "says fps = 0")])
+def test_metadata_that_is_broken_is_a_problem(tmp_path: Path, key: str, value: object, said: str) -> None:
+    """One that the reader has a sentence for, and one that it has none for."""
+    write(tmp_path / "set")
+    info = tmp_path / "set/meta/info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {key: value}))
+    assert said in find(tmp_path / "set", "set").problem
+
+
 def test_a_scan_goes_on_and_reads_what_has_changed_alone(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
