@@ -141,15 +141,17 @@ def describe_rows(dataset: Episodes, healthy: Sequence[int]) -> Iterator[str]:
     yield from _jitter(dataset, healthy)
     states = [dataset.states(episode) for episode in healthy]
     actions = [dataset.actions(episode) for episode in healthy]
+    has = {"state": dataset.state_present, "action": dataset.action_present}
     for what, episodes, names in (("state", states, dataset.state_names), ("action", actions, dataset.action_names)):
-        yield from _frozen(what, episodes, names, healthy)
+        yield from _frozen(what, episodes, names, has[what], healthy)
         yield from _jumps(what, episodes, names, healthy)
         yield from _losses(what, episodes, names)
     if dataset.state_dim == dataset.action_dim:
         if all(map(np.array_equal, states, actions)):
             yield "Every action equals the state of its own row: the policy would learn to stand still."
         elif dataset.state_names == dataset.action_names:
-            yield from _far_actions(np.concatenate(states), np.concatenate(actions), dataset.action_names)
+            both = has["state"] & has["action"]
+            yield from _far_actions(np.concatenate(states), np.concatenate(actions), dataset.action_names, both)
 
 
 def _jitter(dataset: Episodes, numbers: Sequence[int]) -> Iterator[str]:
@@ -158,19 +160,22 @@ def _jitter(dataset: Episodes, numbers: Sequence[int]) -> Iterator[str]:
     if far := [numbers[place] for place in np.flatnonzero(most > GRID_TOLERANCE)]:
         yield (
             f"Time stamps are up to {most.max():.2f} rows off their places at {dataset.fps:.5g} rows per second, in "
-            f"{_some('episode', far)}; rows go by number, so training takes them as evenly spaced."
+            f"{some('episode', far)}; rows go by number, so training takes them as evenly spaced."
         )
 
 
-def _frozen(what: str, episodes: Sequence[np.ndarray], names: Sequence[str], numbers: Sequence[int]) -> Iterator[str]:
+def _frozen(
+    what: str, episodes: Sequence[np.ndarray], names: Sequence[str], present: np.ndarray, numbers: Sequence[int]
+) -> Iterator[str]:
     still = np.array([np.ptp(episode, axis=0) == 0 for episode in episodes])
-    dead = [numbers[place] for place in np.flatnonzero(still.all(1))]
-    if dead:
-        yield f"The {what} never changes in {_some('episode', dead)}; remove what shows a robot at rest."
+    dead = still[:, present].all(1)
+    if dead.any():
+        resting = [numbers[place] for place in np.flatnonzero(dead)]
+        yield f"The {what} never changes in {some('episode', resting)}; remove what shows a robot at rest."
     counts = still.sum(0)
-    frozen = [f"{label(names, d)} in {counts[d]}" for d in np.flatnonzero(counts > still.all(1).sum())]
+    frozen = [f"{label(names, d)} in {counts[d]}" for d in np.flatnonzero(present & (counts > dead.sum()))]
     if frozen:
-        yield f"The {what} has dimensions that stand still over whole episodes, of {len(still)}: {_listed(frozen)}."
+        yield f"The {what} has dimensions that stand still over whole episodes, of {len(still)}: {listed(frozen)}."
 
 
 def _jumps(what: str, episodes: Sequence[np.ndarray], names: Sequence[str], numbers: Sequence[int]) -> Iterator[str]:
@@ -191,23 +196,25 @@ def _losses(what: str, episodes: Sequence[np.ndarray], names: Sequence[str]) -> 
     yield from losses(what, names, table.stats, np.stack([table.stats["min"], table.stats["max"]]), table.cut)
 
 
-def _far_actions(state: np.ndarray, action: np.ndarray, names: Sequence[str]) -> Iterator[str]:
+def _far_actions(state: np.ndarray, action: np.ndarray, names: Sequence[str], present: np.ndarray) -> Iterator[str]:
     low, high = state.min(0), state.max(0)
-    far = (action < 2 * low - high) | (action > 2 * high - low)
+    far = present & ((action < 2 * low - high) | (action > 2 * high - low))
     share = far.mean(0)
     if far.any():
         worst = [f"{label(names, d)} {100 * share[d]:.1f}%" for d in np.argsort(-share) if share[d]]
         yield (
             "Actions lie outside the range of their states by more than its width (rule: below min - (max - min) or "
-            f"above max + (max - min)), share of rows: {_listed(worst)}; are the units the same?"
+            f"above max + (max - min)), share of rows: {listed(worst)}; are the units the same?"
         )
 
 
-def _some(what: str, numbers: Sequence[int]) -> str:
-    return f"{what}{'s' * (len(numbers) > 1)} {_listed([str(number) for number in numbers])}"
+def some(what: str, numbers: Sequence[int]) -> str:
+    """As "episodes 3, 5 and 7 more"."""
+    return f"{what}{'s' * (len(numbers) > 1)} {listed([str(number) for number in numbers])}"
 
 
-def _listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
     return ", ".join(words[:NAMED]) + (f" and {len(words) - NAMED} more" if len(words) > NAMED else "")
 
 

@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from data_pipelines.canvas import CAMERAS
 from data_pipelines.episodes import DatasetError, Episodes
+from data_pipelines.inspection import robot_page
 from data_pipelines.inspection.checks import (
     SAMPLED,
     WINDOW,
@@ -24,6 +27,7 @@ from data_pipelines.inspection.checks import (
     check_frames,
     check_rows,
     describe_rows,
+    listed,
     loader_threads,
     measure,
     tabulate,
@@ -35,10 +39,11 @@ from data_pipelines.normalization import CLIP
 from data_pipelines.progress import Progress, finish_line
 from data_pipelines.readers.base import Reader
 from data_pipelines.readers.lerobot import LeRobotV21, LeRobotV30
-from data_pipelines.readers.naming import UnmappableError
+from data_pipelines.readers.naming import Reading, UnmappableError
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.readers.robotwin import RobotwinClassic, RobotwinXPolicyLab
-from data_pipelines.readers.subset import Part, as_recorded, check_parts, load_subset
+from data_pipelines.readers.subset import Entry, Part, as_recorded, check_parts, load_subset
+from data_pipelines.statistics import grippers_unlike
 from data_pipelines.tfds.episodes import Converted
 
 FORMATS = {
@@ -107,7 +112,7 @@ def diagnose(path: Path, cameras: str, fast: bool, full: bool) -> int:
         if path.suffix == ".toml":
             _examine_subset(path, cameras, fast, full, findings)
         else:
-            _page(open_episodes(path), NEEDED[cameras], fast, full, findings)
+            _page(open_episodes(path), None, NEEDED[cameras], fast, full, findings)
     except DatasetError as error:
         findings.problems[str(error)] = []
         return _verdict(findings, "the metadata")
@@ -116,9 +121,11 @@ def diagnose(path: Path, cameras: str, fast: bool, full: bool) -> int:
 
 
 def _examine_subset(path: Path, cameras: str, fast: bool, full: bool, findings: Findings) -> None:
-    """A page on every dataset, and whether they fit together. Raises DatasetError for the file itself."""
-    parts = []
-    for entry in load_subset(path):
+    """A page on every dataset, whether they fit together, and totals. Raises DatasetError for the file itself."""
+    parts, ranges, entries = [], {}, load_subset(path)
+    for entry in entries:
+        if entry.exclude:
+            continue
         print(f"\n--- {entry.name}", flush=True)
         try:
             part = Part(entry.name, entry.open(), entry.weight)
@@ -133,12 +140,17 @@ def _examine_subset(path: Path, cameras: str, fast: bool, full: bool, findings: 
             continue
         parts.append(part)
         here = Findings()
-        _page(part.dataset, NEEDED[cameras], fast, full, here)
+        _page(part.dataset, entry.said, NEEDED[cameras], fast, full, here)
         findings.include(here, entry.name)
         if here.left:
             return
+        if here.rows_read:
+            for number, ends in robot_page.gripper_ranges(part.dataset, here.rows_read).items():
+                ranges.setdefault((part.dataset.robot, number), {})[str(part.dataset.root)] = ends
+    _print(_totals(parts, entries))
     if not parts and findings.problems:
         return
+    findings.problems |= {text: [] for key, ends in ranges.items() if (text := grippers_unlike(*key, ends))}
     try:
         check_parts(parts, path)
         check_alike([Source(part.dataset, None, None, part.weight) for part in parts])
@@ -146,18 +158,33 @@ def _examine_subset(path: Path, cameras: str, fast: bool, full: bool, findings: 
         findings.problems[str(error)] = []
 
 
-def _page(dataset: Episodes, cameras: Sequence[str], fast: bool, full: bool, findings: Findings) -> None:
-    """Prints the page on one dataset and adds what is found."""
+def _page(
+    dataset: Episodes, said: Reading | None, cameras: Sequence[str], fast: bool, full: bool, findings: Findings
+) -> None:
+    """Prints the page on one dataset and adds what is found. said: of its robot by a subset file, None without one."""
     recorded, _ = as_recorded(dataset)
     _print(_description(dataset, recorded))
     examine(dataset, cameras, not fast, full, findings)
     if findings.rows_read:
         _print(_tables(dataset, findings.rows_read))
+        _look_at_robot(dataset, said, findings)
     if not findings.left:
         findings.warnings |= dict.fromkeys(describe_rows(dataset, findings.rows_read))
         if not fast:
             with suppress(KeyboardInterrupt):  # what was found stands without the speed
                 _print(_speeds(dataset, findings))
+
+
+def _look_at_robot(dataset: Episodes, said: Reading | None, findings: Findings) -> None:
+    try:
+        robot = robot_page.look(dataset, findings.rows_read, said)
+    except DatasetError as error:
+        findings.warnings[f"{error} Its robot is not looked at."] = None
+        return
+    if robot:
+        print()
+        _print(robot_page.describe(robot))
+        findings.warnings |= dict.fromkeys(robot_page.warnings(robot))
 
 
 def examine(dataset: Episodes, cameras: Sequence[str], videos: bool, whole: bool, findings: Findings) -> None:
@@ -225,24 +252,49 @@ def _duration(seconds: float) -> str:
 
 def _tables(dataset: Episodes, episodes: Sequence[int]) -> Iterator[str]:
     tables = (
-        ("state", dataset.state_names, tabulate("state", [dataset.states(episode) for episode in episodes])),
-        ("action", dataset.action_names, tabulate("action", [dataset.actions(episode) for episode in episodes])),
+        ("state", dataset.state_names, dataset.state_present, dataset.states),
+        ("action", dataset.action_names, dataset.action_present, dataset.actions),
     )
-    for what, names, table in tables:
+    for what, names, present, read in tables:
         yield ""
-        yield from _table(what, names or [""] * len(table.frozen), table)
+        table = tabulate(what, [read(episode) for episode in episodes])
+        yield from _table(what, names or [""] * len(present), present, table)
     yield f"frozen: share of the {len(episodes)} episodes in which the dimension does not change"
     yield f"cut: share of the rows that a z-score cut at {CLIP:g} changes; lost: by how much at most"
 
 
-def _table(what: str, names: Sequence[str], table: Table) -> Iterator[str]:
+def _table(what: str, names: Sequence[str], present: np.ndarray, table: Table) -> Iterator[str]:
     wide = max(len(what), *(len(name) + 3 for name in names))
     yield f"{what:{wide}}{'min':>11}{'mean':>11}{'max':>11}{'std':>11}{'frozen':>9}{'cut':>9}{'lost':>9}"
     measured = (table.stats[name] for name in ("min", "mean", "max", "std"))
     columns = zip(names, *measured, table.frozen, table.cut, table.lost, strict=True)
     for place, (name, *values, frozen, cut, lost) in enumerate(columns):
+        if not present[place]:
+            yield f"{f'{place:2} {name}':{wide}}     the robot has none"
+            continue
         numbers = "".join(f"{value:11.4g}" for value in values)
         yield f"{f'{place:2} {name}':{wide}}{numbers}{frozen:9.0%}{cut:9.2%}{lost:9.3g}"
+
+
+def _totals(parts: Sequence[Part], entries: Sequence[Entry]) -> Iterator[str]:
+    """By robot, and what is excluded."""
+    robots: dict[str, list[Episodes]] = {}
+    for part in parts:
+        robots.setdefault(part.dataset.robot, []).append(part.dataset)
+    wide = max(5, *map(len, robots)) if robots else 5
+    yield f"\n{'robot':{wide}}{'datasets':>10}{'episodes':>10}{'rows':>12}{'hours':>9}{'rows/s':>9}"
+    everything = [part.dataset for part in parts]
+    for robot, group in [*robots.items(), *([("all", everything)] if len(robots) > 1 else [])]:
+        episodes, rows = (sum(of) for of in zip(*((len(x.lengths), x.lengths.sum()) for x in group), strict=True))
+        hours, rates = sum(x.lengths.sum() / x.fps for x in group) / 3600, sorted({f"{x.fps:.5g}" for x in group})
+        yield f"{robot:{wide}}{len(group):>10,}{episodes:>10,}{rows:>12,}{hours:>9.2f}{', '.join(rates):>9}"
+    excluded: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.exclude:
+            excluded.setdefault(entry.exclude, []).append(entry.name)
+    if excluded:
+        yield f"excluded: {sum(map(len, excluded.values()))} of {len(entries)} datasets, which were not opened"
+        yield from (f"  {len(names)} because {reason}: {listed(names)}" for reason, names in excluded.items())
 
 
 def _speeds(dataset: Episodes, findings: Findings) -> Iterator[str]:

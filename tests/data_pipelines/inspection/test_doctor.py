@@ -365,6 +365,7 @@ class Recorded:
         self._states, self._actions = states.astype(np.float32), actions.astype(np.float32)
         self.lengths = np.full(len(states), states.shape[1])
         self.state_dim = self.action_dim = 2
+        self.state_present = self.action_present = np.ones(2, bool)
         self.action_names = action_names
 
     def states(self, episode: int) -> np.ndarray:
@@ -438,7 +439,7 @@ def test_command_given_in_few_rows() -> None:
     assert f"1 (gripper) in 1.3% of the rows, where 1 comes back as {kept:.4g}, {1 - kept:.3g} off" in warning
     assert '--config.data.normalization.action="gripper=min-max"' in warning
     table = doctor_checks.tabulate("action", list(actions.astype(np.float32)))
-    rows = [line.split() for line in doctor._table("action", Recorded.state_names, table)]
+    rows = [line.split() for line in doctor._table("action", Recorded.state_names, np.ones(2, bool), table)]
     assert rows[0][-3:] == ["frozen", "cut", "lost"]
     assert rows[1][-2:] == ["0.00%", "0"] and rows[2][-2:] == ["1.33%", f"{1 - kept:.3g}"]
 
