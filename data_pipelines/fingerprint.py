@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.episodes import DatasetError, Episodes
-from data_pipelines.readers.subset import Part
+from data_pipelines.readers.subset import Part, origin_of
 
 DIGITS = 8  # of a checksum
 ENDS = 16_384  # bytes at the start and the end of a file that tell it from another
@@ -32,8 +32,8 @@ def describe(part: Part, cameras: Sequence[str]) -> Record:
     """A dataset of a mixture, seen by these cameras, JSON-ready; reads all of its rows.
 
     name, path, robot, fps, weight; cameras {name: [height, width]}; texts: the instructions that an episode has, in
-    order. Of each episode: lengths; instructions, places in texts; and, one after
-    the other, checksums: states and actions, of the values; pictures {camera: of its file and the place in it}.
+    order. Of each episode: lengths; origins, see `origin_of`; instructions, places in texts; and, one after the other,
+    checksums: states and actions, of the values; pictures {camera: of its file and the place in it}.
     Raises DatasetError for damaged rows and files that cannot be read.
     """
     dataset, threads = part.dataset, os.cpu_count() or 1
@@ -54,6 +54,7 @@ def describe(part: Part, cameras: Sequence[str]) -> Record:
         "pictures": pictures,
         "texts": list(known),
         "lengths": dataset.lengths.tolist(),
+        "origins": origin_of(dataset).tolist(),
         "states": "".join(states),
         "actions": "".join(actions),
         "instructions": [known[text] for text in texts],
@@ -89,14 +90,18 @@ def _ends(path: Path) -> int:
 def hold_out(record: Record, count: int, before: Record | None) -> None:
     """Adds to a description which episodes are kept from training, and the count that was asked for.
 
-    They are the last `count`, or, of a dataset that was described `before` and asked for as many, the same ones as
-    then, found by their rows where they have moved. Raises DatasetError where no episode is left to train on.
+    They are the last `count` recorded ones, or, of a dataset that was described `before` and asked for as many, the
+    same ones as then, found by their rows where they have moved; with an episode, all pieces of the one that was
+    recorded. Raises DatasetError where no episode is left to train on.
     """
-    total = len(record["lengths"])
-    chosen = list(range(total - count, total))
+    origins, total = record["origins"], len(record["lengths"])
+    recorded = sorted({*origins})
+    last = recorded[max(0, len(recorded) - count) :]
+    chosen = [episode for episode, origin in enumerate(origins) if origin in last]
     if before and before["hold_out"] == count:
         then, now = ([episode[:3] for episode in _episodes(x)] for x in (before, record))  # whatever is said to do
-        chosen = sorted({e for e in (_now(place, then, now) for place in before["held_out"]) if e is not None})
+        found = {origins[e] for e in (_now(place, then, now) for place in before["held_out"]) if e is not None}
+        chosen = [episode for episode, origin in enumerate(origins) if origin in found]
     if len(chosen) >= total:
         raise DatasetError(f"{record['path']}: all {total} episodes are held out of training; begin a new run on it.")
     record |= {"hold_out": count, "held_out": chosen}

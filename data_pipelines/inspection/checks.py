@@ -168,7 +168,7 @@ def _frozen(
     what: str, episodes: Sequence[np.ndarray], names: Sequence[str], present: np.ndarray, numbers: Sequence[int]
 ) -> Iterator[str]:
     still = np.array([np.ptp(episode, axis=0) == 0 for episode in episodes])
-    dead = still[:, present].all(1)
+    dead = still.all(1)  # what a robot has not never moves
     if dead.any():
         resting = [numbers[place] for place in np.flatnonzero(dead)]
         yield f"The {what} never changes in {some('episode', resting)}; remove what shows a robot at rest."

@@ -35,14 +35,15 @@ class Robot:
     """The robot of a dataset.
 
     dataset: as training reads it.  recorded: what it was made of.  embodiment: None where numbers are used as they are
-    recorded.  unit_from: who says what the grippers record.  still: rows at the end of each episode of `dataset` in
-    which nothing moves.
+    recorded.  unit_from: who says what the grippers record.  lead: see `naming.Reading`.  still: rows at the end of
+    each episode of `dataset` in which nothing moves.
     """
 
     dataset: Episodes
     recorded: Episodes
     embodiment: Embodiment | None
     unit_from: str
+    lead: int
     names: NameFindings
     rows: RowFindings
     still: np.ndarray
@@ -77,6 +78,7 @@ def look(dataset: Episodes, healthy: Sequence[int], said: Reading | None) -> Rob
         recorded,
         embodiment,
         unit_from,
+        said.lead if said else 0,
         check_names({"state": recorded.state_names, "action": recorded.action_names}),
         check_rows(recorded, state, action, numbers, episodes),
         np.array([still_rows(dataset, e) if e in fine else 0 for e in range(len(dataset.lengths))]),
@@ -122,6 +124,8 @@ def _driven(robot: Robot) -> Iterator[str]:
         )
     if held := robot.embodiment.held:
         yield f"held          {len(held)} numbers of the action are not driven: {listed(held)}"
+    if robot.lead:
+        yield f"lead          the action of a row is the one recorded {robot.lead} row{'s' * (robot.lead > 1)} later"
 
 
 def _left_out(robot: Robot) -> Iterator[str]:
@@ -244,13 +248,11 @@ def _of_scales(robot: Robot) -> Iterator[str]:
 
 def _of_rows(robot: Robot) -> Iterator[str]:
     rows, episodes = robot.rows, len(robot.rows.episodes)
-    if 0 < rows.equal_driven < episodes:
+    if 0 < rows.equal_driven < episodes and not robot.lead:
         yield (
             f"In {rows.equal_driven} of {episodes} episodes every action equals the state of its row: the policy "
             "would learn to stand still there."
         )
-    elif rows.equal_driven == episodes > rows.equal:
-        yield "Every driven number of the action equals the state's of its row, other numbers do not."
     long = np.flatnonzero(robot.still > TAIL * robot.dataset.fps)
     if len(long):
         yield (

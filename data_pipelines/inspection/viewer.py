@@ -14,6 +14,7 @@ from data_pipelines.disk import whole_file, writing
 from data_pipelines.episodes import Episodes
 from data_pipelines.inspection.curves import Curves, panels_of
 from data_pipelines.progress import Progress
+from data_pipelines.readers.subset import embodiment_of
 from data_pipelines.recording.encoded_video import VideoFile, encode_video
 
 WIDTH, MARGIN, CAPTION, LABEL = 1280, 16, 64, 24  # pixels of the page, its border, its head, a name above a picture
@@ -42,8 +43,11 @@ class Page:
         draw.text((MARGIN, 10), title, INK, _font(22))
         name = f"{dataset.root.resolve().name}, episode {episode} of {len(dataset.lengths)}"
         draw.text((MARGIN, 40), _fitted(name, 14, WIDTH - 250), FAINT, _font(14))
+        embodiment = embodiment_of(dataset)
+        absent = embodiment.absent if embodiment else ()
         for camera, (left, top, right, _) in self.views.items():
-            draw.text((left, top - LABEL + 4), _fitted(camera, 14, right - left), FAINT, _font(14))
+            label = f"{camera}: no camera" if camera in absent else camera
+            draw.text((left, top - LABEL + 4), _fitted(label, 14, right - left), FAINT, _font(14))
 
     def draw(self, row: int, pictures: dict[str, np.ndarray]) -> Image.Image:
         """pictures: for each camera uint8 [h, w, 3], of `row`."""

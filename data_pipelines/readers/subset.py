@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_pipelines.canvas import CAMERAS
 from data_pipelines.embodiment import Embodiment
 from data_pipelines.episodes import DatasetError, Episodes
@@ -128,6 +130,14 @@ def as_recorded(dataset: Episodes) -> tuple[Episodes, list[str]]:
             cameras = [dataset.views[view] for view in cameras if view in dataset.views]
         dataset = dataset.source
     return dataset, cameras
+
+
+def origin_of(dataset: Episodes) -> np.ndarray:
+    """The recorded episode that each episode is from, int64 [E]; an excerpt may hold several pieces of one."""
+    if not hasattr(dataset, "source"):
+        return getattr(dataset, "origin", np.arange(len(dataset.lengths)))
+    below = origin_of(dataset.source)
+    return below[dataset.origin] if isinstance(dataset, Excerpt) else below
 
 
 def embodiment_of(dataset: Episodes) -> Embodiment | None:

@@ -13,7 +13,7 @@ from PIL import Image
 from data_pipelines.episodes import Episodes
 from data_pipelines.readers.layouts import unit_of
 from data_pipelines.readers.robocoin import open_robocoin, subtasks
-from data_pipelines.readers.subset import Entry
+from data_pipelines.readers.subset import Entry, embodiment_of
 from data_pipelines.tfds.layout import NAME, SPLIT, VERSION
 
 # JPEG in full colour resolution and this quality is off by about a grey level on average; PNG keeps every bit.
@@ -52,7 +52,8 @@ class RobotEpisodes(tfds.core.GeneratorBasedBuilder):
     state float32 [T, p], action float32 [T, d], timestamp float32 [T] seconds, images {camera: [T] pictures}.
     `info.metadata` has what is the same for all: robot, fps, and lists with an entry per number: state_names,
     action_names ([] where they are not recorded), state_units, action_units ("" where the name does not tell),
-    state_present, action_present (false for a number that the robot has not, which is 0).
+    state_present, action_present (false for a number that the robot has not, which is 0); absent_cameras are the views
+    that it has no camera for, of which there are no pictures.
 
     `download_and_prepare` converts in this process and keeps nothing when interrupted; `data_pipelines.tfds.convert`
     writes the same examples shard by shard.
@@ -66,6 +67,7 @@ class RobotEpisodes(tfds.core.GeneratorBasedBuilder):
         image = {
             camera: tfds.features.Sequence(tfds.features.Image(shape=(*size, 3), encoding_format=image_format))
             for camera, size in dataset.cameras.items()
+            if camera not in _absent(dataset)
         }
         features = tfds.features.FeaturesDict(
             {
@@ -92,6 +94,7 @@ class RobotEpisodes(tfds.core.GeneratorBasedBuilder):
                 action_units=[unit_of(name) for name in dataset.action_names],
                 state_present=dataset.state_present.tolist(),
                 action_present=dataset.action_present.tolist(),
+                absent_cameras=list(_absent(dataset)),
             ),
             disable_shuffling=True,
         )
@@ -114,6 +117,7 @@ def builder(source: Source, out: Path, image_format: str) -> RobotEpisodes:
 
 def example(dataset: Episodes, episode: int, image_format: str) -> dict[str, Any]:
     """What TFDS stores of an episode; see RobotEpisodes."""
+    cameras = [camera for camera in dataset.cameras if camera not in _absent(dataset)]
     return {
         "episode": episode,
         "instruction": dataset.instruction(episode),
@@ -122,8 +126,14 @@ def example(dataset: Episodes, episode: int, image_format: str) -> dict[str, Any
         "state": dataset.states(episode),
         "action": dataset.actions(episode),
         "timestamp": dataset.timestamps(episode),
-        "images": {camera: _pictures(dataset, episode, camera, image_format) for camera in dataset.cameras},
+        "images": {camera: _pictures(dataset, episode, camera, image_format) for camera in cameras},
     }
+
+
+def _absent(dataset: Episodes) -> tuple[str, ...]:
+    """Views that the robot has no camera for."""
+    embodiment = embodiment_of(dataset)
+    return embodiment.absent if embodiment else ()
 
 
 def _pictures(dataset: Episodes, episode: int, camera: str, image_format: str) -> list[bytes]:

@@ -44,7 +44,7 @@ from data_pipelines.ownership import owned
 from data_pipelines.paths import local_path
 from data_pipelines.processes import worker_pool
 from data_pipelines.readers.robocoin import subtasks
-from data_pipelines.readers.subset import embodiment_of
+from data_pipelines.readers.subset import embodiment_of, origin_of
 from data_pipelines.tfds import layout
 from data_pipelines.tfds.builder import Source, builder, example
 
@@ -176,7 +176,10 @@ def _opened(conversion: Conversion) -> tuple[Episodes, tfds.features.FeaturesDic
 
 def _describe(dataset: Episodes, image_format: str, shards: int) -> dict:
     """Content of conversion.json: all that the reader needs before it opens a shard."""
-    return {
+    origin = origin_of(dataset).tolist()
+    # Only where pieces of an episode may be apart, so that what was converted before stays the same.
+    cut = {"origin": origin} if origin != [*range(len(origin))] else {}
+    return cut | {
         "version": layout.VERSION,
         "shards": shards,
         "image_format": image_format,

@@ -27,7 +27,8 @@ class Converted(Reader):
     """A folder <out>/robot_episodes/<name>/1.0.0 that `ahawam convert` has written to the end.
 
     Rows come from the parquet files; pictures from the ArrayRecord files, where fetching one frame reads its episode.
-    embodiment: how the robot's own vectors were brought to these, None where they are as recorded.
+    embodiment: how the robot's own vectors were brought to these, None where they are as recorded; views that it has
+    no camera for are black.  origin: int64 [E] the recorded episode that each is from.
     """
 
     def __init__(self, root: Path, content: dict[str, Any]) -> None:
@@ -36,8 +37,9 @@ class Converted(Reader):
         self.state_dim, self.action_dim = content["state_dim"], content["action_dim"]
         self.state_names, self.action_names = tuple(content["state_names"]), tuple(content["action_names"])
         self.instructions = content["instructions"]
-        self.embodiment = Embodiment.from_json(content["embodiment"]) if content["embodiment"] else None
+        self.embodiment = _embodiment(root, content.get("embodiment"))
         self._set_lengths(content["lengths"])
+        self.origin = np.array(content.get("origin", range(len(self.lengths))), np.int64)
         self._shards = content["shards"]
         self._starts = layout.shard_starts(len(self.lengths), self._shards)
         missing = [path.name for path in self._files() if not path.is_file()]
@@ -98,6 +100,9 @@ class Converted(Reader):
         return Rows(path, vectors["state"], vectors["action"], timestamp, int(instruction[0]))
 
     def _decode(self, episode: int, camera: str, rows: np.ndarray, out: np.ndarray) -> None:
+        if self.embodiment and camera in self.embodiment.absent:
+            out[:] = 0
+            return
         shard, place = self._place(episode)
         path = layout.shard_path(self.root, shard, self._shards)
         try:
@@ -142,10 +147,22 @@ def open_converted(root: str | Path) -> Converted:
         )
     content = read_json(path, DatasetError, "copy it again")
     wrong = [name for name, kind in FIELDS.items() if not isinstance(content.get(name), kind)]
+    if not isinstance(content.get("origin", []), list):
+        wrong.append("origin")
     if wrong or content["version"] != layout.VERSION:
         names = ", ".join(wrong) or "version"
         raise DatasetError(f"{path}: {names} is missing or of another kind; copy or convert it again.")
     return Converted(root, content)
+
+
+def _embodiment(root: Path, record: dict[str, Any] | None) -> Embodiment | None:
+    """What is recorded of it; datasets that were converted before that say nothing."""
+    try:
+        return Embodiment.from_json(record) if record else None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(
+            f"{root / layout.CONVERSION}: the embodiment is not whole ({error!r}); copy or convert it again."
+        ) from error
 
 
 def _column(table: pa.Table, name: str, path: Path) -> pa.ChunkedArray:

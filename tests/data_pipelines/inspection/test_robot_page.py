@@ -12,6 +12,7 @@ import pytest
 
 from data_pipelines.episodes import DatasetError
 from data_pipelines.inspection.doctor import diagnose
+from data_pipelines.inspection.robot_page import gripper_ranges
 from data_pipelines.readers.subset import open_datasets
 from data_pipelines.statistics import compute_by_robot
 from tests.data_pipelines import synthetic_robocoin as coin
@@ -73,6 +74,13 @@ def test_page(tmp_path: Path, capsys: pytest.CaptureFixture, shared_dir: Path) -
     assert lines[6].endswith("left_gripper_open, closed 100, open 0") and lines[6].startswith("  left state ")
 
 
+def test_a_unit_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture, shared_dir: Path) -> None:
+    record = next(record for record in coin.census(shared_dir) if record["schema"] == "4")
+    coin.Synthetic(record, LENGTHS, (0, 100), (0, 100)).write(tmp_path / "set", pictures=None)
+    _, page = page_of(capsys, tmp_path, [{"name": "set", "path": "set"}])
+    assert "unit, by the table of robots" in page and page.count("0 to 1   left_gripper_open, closed 0, open 100") == 2
+
+
 def test_numbers_that_a_robot_lacks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """They are in the tables, and nothing is said of them."""
     coin.Synthetic(TWO_ARMS, LENGTHS).write(tmp_path / "set", pictures=None)
@@ -82,22 +90,36 @@ def test_numbers_that_a_robot_lacks(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert status == 0 and "warning" not in page.replace("no warnings", "")
 
 
-def test_a_robot_at_rest(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """All numbers that it has stand still in one episode."""
-    root = coin.Synthetic(TWO_ARMS, LENGTHS).write(tmp_path / "set", pictures=None)
-    path = root / "data/chunk-000/episode_000001.parquet"
+def change(path: Path, names: dict[str, str], still: bool = False) -> None:
+    """The columns of an episode become those of other names, or all rows of them the first one."""
     table = pq.read_table(path)
-    for name in ("observation.state", "action"):
-        rows = np.stack(table[name].to_numpy())
-        rows[:] = rows[0]
+    for name, source in names.items():
+        rows = np.stack(table[source].to_numpy())
+        rows = np.repeat(rows[:1], len(rows), 0) if still else rows
         column = pa.FixedSizeListArray.from_arrays(rows.ravel(), rows.shape[1])
         table = table.set_column(table.column_names.index(name), name, column)
     pq.write_table(table, path)
+
+
+def test_a_robot_at_rest(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """All numbers that it has stand still in one episode."""
+    root = coin.Synthetic(TWO_ARMS, LENGTHS).write(tmp_path / "set", pictures=None)
+    change(root / "data/chunk-000/episode_000001.parquet", {x: x for x in ("observation.state", "action")}, still=True)
     _, page = page_of(capsys, tmp_path, [{"name": "set", "path": "set"}])
     found = re.findall("^warning: set: (.*)$", page, re.MULTILINE)
     for kind in ("state", "action"):
         assert f"The {kind} never changes in episode 1; remove what shows a robot at rest." in found
     assert not any("dimensions that stand still" in text for text in found)
+
+
+@pytest.mark.parametrize("lead", [0, 1])
+def test_an_episode_whose_actions_are_states(tmp_path: Path, capsys: pytest.CaptureFixture, lead: int) -> None:
+    """Which are those of the next row where the subset file says so."""
+    root = coin.Synthetic(TWO_ARMS, LENGTHS).write(tmp_path / "set", pictures=None)
+    change(root / "data/chunk-000/episode_000001.parquet", {"action": "observation.state"})
+    _, page = page_of(capsys, tmp_path, [{"name": "set", "path": "set", "lead": lead}])
+    assert ("In 1 of 3 episodes every action equals the state of its row: the policy would" in page) is (lead == 0)
+    assert ("lead          the action of a row is the one recorded 1 row later" in page) is (lead == 1)
 
 
 def test_actions_without_a_state(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -129,10 +151,11 @@ def test_grippers_outside_of_0_to_1(tmp_path: Path, capsys: pytest.CaptureFixtur
     )
 
 
-@pytest.mark.parametrize("opened", [1.04, 1.06])
-def test_grippers_a_little_outside(tmp_path: Path, capsys: pytest.CaptureFixture, opened: float) -> None:
-    found = warnings_of(capsys, tmp_path, state_gripper=(1 - opened, opened), action_gripper=(1 - opened, opened))
-    assert len(found) == (4 if opened > 1.05 else 0)
+@pytest.mark.parametrize(("unit", "count"), [((-0.04, 1.04), 0), ((-0.06, 1), 4), ((0, 1.06), 4)])
+def test_grippers_a_little_outside(
+    tmp_path: Path, capsys: pytest.CaptureFixture, unit: tuple[float, float], count: int
+) -> None:
+    assert len(warnings_of(capsys, tmp_path, state_gripper=unit, action_gripper=unit)) == count
 
 
 def test_state_and_action_at_odds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -144,6 +167,8 @@ def test_state_and_action_at_odds(tmp_path: Path, capsys: pytest.CaptureFixture)
         "The right gripper is recorded from 0 to 1 in the state and from 0 to 0.2 in the action"
     )
     assert "in the common unit 5 times as far in one as in the other" in found[1]
+    left, right, *_ = warnings_of(capsys, tmp_path / "other", state_gripper=(0, 0.2))
+    assert "from 0 to 0.2 in the state and from 0 to 1 in the action" in left and "common unit 5 times" in right
 
 
 def test_gripper_open_scale(tmp_path: Path, capsys: pytest.CaptureFixture, shared_dir: Path) -> None:
@@ -211,6 +236,8 @@ def test_grippers_of_two_units_and_what_is_excluded(tmp_path: Path, capsys: pyte
     status, page = page_of(capsys, tmp_path, tables)
     with pytest.raises(DatasetError) as stopped:
         compute_by_robot([part.dataset for part in open_datasets(tmp_path / "subset.toml")])
+    grippers = [f"{side}_gripper_open_scale ({kind})" for kind in ("state", "action") for side in ("left", "right")]
+    assert list(gripper_ranges(open_datasets(tmp_path / "subset.toml")[1].dataset, [0])) == grippers
     problems = re.findall("^problem: (.*)$", page, re.MULTILINE)
     assert status == 1 and len(problems) == 4 and str(stopped.value) in problems
     left = [{"name": name, "path": "nowhere", "exclude": "its grippers are torn"} for name in ("x", "y")]

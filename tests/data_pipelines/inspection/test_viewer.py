@@ -13,6 +13,8 @@ from ahawam_jax.commands.view import main
 from data_pipelines.inspection import viewer as view
 from data_pipelines.inspection.curves import Curves, Panel, panels_of, ticks
 from data_pipelines.readers.opening import open_episodes
+from data_pipelines.readers.subset import load_subset
+from tests.data_pipelines import synthetic_robocoin as coin
 from tests.data_pipelines import tiny_dataset as tiny
 from tests.data_pipelines.readers import test_robotwin as robotwin
 from tests.full_disk import files_end_at
@@ -203,3 +205,32 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         words = capsys.readouterr().err.splitlines()[-1]
         assert words.startswith(f"error: {out} cannot be written: files may not grow") and words.endswith("is kept.")
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_view_without_camera(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of a robot with one camera, out of a subset file: rows and pictures as training reads them."""
+    made = coin.Synthetic(coin.UNSEEN["single_view"], (60, 60), bad={0: [(20, 30, "Abnormal")]})
+    made.write(tmp_path / "set")
+    table = '[[dataset]]\nname = "one"\npath = "set"\nweight = 1\nrobot = "bot"\nlayout = "two_arms"\n'
+    subset = tmp_path / "subset.toml"
+    subset.write_text(table + table.replace("one", "other"))
+    written, fitted = [], view._fitted
+    monkeypatch.setattr(view, "_fitted", lambda text, *room: written.append(text) or fitted(text, *room))
+    out = tmp_path / "episode.mp4"
+    assert main([str(subset), "--dataset", "one", "--episode", "1", "--out", str(out)]) == 0
+    for camera in ("cam_left_wrist", "cam_right_wrist"):
+        assert f"{camera}: no camera" in written
+    assert "cam_high" in written
+    dataset = load_subset(subset)[0].open()
+    boxes = view.Page(dataset, 1).views
+    with av.open(str(out)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == dataset.lengths[1] == 30
+    left, top, right, bottom = boxes["cam_high"]
+    assert [tiny.number_of(frame[top:bottom, left:right]) for frame in frames] == list(range(30, 60))
+    left, top, right, bottom = boxes["cam_right_wrist"]
+    assert np.max([frame[top + 4 : bottom - 4, left + 4 : right - 4] for frame in frames]) < 10  # black, but for h264
+    assert main([str(subset), "--episode", "1"]) == 1
+    assert "--dataset is None; name one of" in capsys.readouterr().err
+    assert main([str(tmp_path / "set"), "--dataset", "one", "--episode", "1"]) == 1
+    assert "is no subset file; leave it out" in capsys.readouterr().err
