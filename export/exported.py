@@ -12,10 +12,11 @@ from ahawam_jax.towers.building import TextTower, build_text_tower
 from ahawam_jax.towers.latents import make_canvas
 from ahawam_jax.towers.vae import VaeConfig
 from ahawam_jax.weights.files import open_weights
+from data_pipelines.embodiment import Embodiment
 from data_pipelines.files import read_json
 from data_pipelines.statistics import FILE as STATISTICS
 from data_pipelines.statistics import Statistics, load_statistics
-from export.manifest import CONFIG, MODEL, TEXT, VAE, ExportError, read_manifest, require
+from export.manifest import CONFIG, EMBODIMENT, MODEL, TEXT, VAE, ExportError, read_manifest, require
 from export.twin.layers import DTYPES
 from export.twin.model import Executor, PlannerRefresh, Router, from_release
 from export.twin.vae import BlockTransformEncoder, VaeEncoder
@@ -30,6 +31,7 @@ class Export:
     config: ConfigDict  # of the run
     model: ModelConfig
     statistics: Statistics
+    embodiment: Embodiment
     text_tower: TextTower
     vae: VaeEncoder | BlockTransformEncoder
     planner: PlannerRefresh
@@ -55,14 +57,18 @@ def load_export(
     model = ModelConfig.create(config.model)
     statistics = load_statistics(folder / STATISTICS)
     check_widths(statistics, model, str(folder / STATISTICS))
+    embodiment = Embodiment.as_recorded(model.state_dim, model.action_dim)
+    if EMBODIMENT in manifest["files"]:
+        embodiment = Embodiment.from_json(read_json(folder / EMBODIMENT, ExportError, "copy the export again"))
     weights = open_weights(folder / MODEL).tensors
     twin = from_release(
-        weights, model, latent_grid(config), steps or config.policy.steps, config.objective.shift, kind, device
-    )
+        weights, model, latent_grid(config), steps or config.policy.steps, config.objective.shift, kind, device,
+        embodiment.action.present,
+    )  # fmt: skip
     towers = ConfigDict(config.towers)
     towers.text_cache = str(folder / TEXT)
     return Export(
-        folder, manifest, config, model, statistics, build_text_tower(towers, model),
+        folder, manifest, config, model, statistics, embodiment, build_text_tower(towers, model),
         load_video(folder, manifest["vae"], kind, device), twin.planner, twin.router, twin.executor,
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ from data_pipelines.ownership import owned
 FILE = "manifest.json"
 FORMAT = 1
 MODEL, VAE, CONFIG, TEXT = "model.safetensors", "vae.safetensors", "config.json", "text_tokens"
+EMBODIMENT = "embodiment.json"  # of a robot whose own vectors differ from the model's
 
 
 class ExportError(ValueError):

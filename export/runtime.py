@@ -58,6 +58,7 @@ class DeployedPolicy:
         """engines: used in place of PyTorch where they load. wait, say: as in `load`."""
         policy.check(export.model, late=not wait)
         self.model, self.config, self.statistics = export.model, policy, export.statistics
+        self.embodiment = export.embodiment
         self.canvas, self.backends = make_canvas(export.config), dict.fromkeys(GRAPHS, "eager")
         self._text_tower, self._seed, self._device = export.text_tower, export.config.seed, device
         self._wait, self._say = wait, say
@@ -124,9 +125,10 @@ class DeployedPolicy:
     ) -> tuple[np.ndarray, DeployedState]:
         """One executor call, and a planner refresh where one is due.
 
-        images: uint8 [B, h, w, 3] per camera, of now. robot_state: [B, p] in the units of the recording.
-        Returns actions [B, chunk, d] in the units of the recording, of which config.execute are meant to be run before
-        the next call, and the state for that call. Raises ValueError for a state that is not the newest.
+        images: uint8 [B, h, w, 3] per camera that the robot has, of now. robot_state: [B, n] in the order and units of
+        its recordings. Returns actions float32 [B, chunk, m], in the order and units of the recorded ones, of which
+        config.execute are meant to be run before the next call, and the state for that call. Numbers in
+        embodiment.held repeat robot_state, see `Embodiment.act`. Raises ValueError for a state that is not the newest.
         """
         if state != self._current or not self._buffers:
             raise ValueError(
@@ -134,19 +136,19 @@ class DeployedPolicy:
                 f"{self._current.calls} of batch {self._current.episode}: its buffers hold one batch of episodes at a "
                 "time; pass what the last call or start returned, or load a second policy."
             )
-        width = self.model.state_dim
-        picture, robot_state = checked_observation(self.canvas, images, robot_state, self._batch, width)
-        canvas = torch.from_numpy(picture)
+        picture, robot_state = checked_observation(self.canvas, self.embodiment, images, robot_state, self._batch)
+        canvas, in_layout = torch.from_numpy(picture), self.embodiment.state.to_layout(robot_state)
         state = self._take_plan(state)
         if state.calls % self.config.refresh_every == 0:
             state = self._refresh(canvas, state)
         self._fill("chunk.canvas", canvas)
-        self._fill("executor.state", torch.from_numpy(normalize(robot_state, self.statistics["state"])))
+        self._fill("executor.state", torch.from_numpy(normalize(in_layout, self.statistics["state"])))
         shape = (self._batch, self.model.chunk, self.model.action_dim)
         self._fill("executor.noise", torch.from_numpy(draw_noise(self._seed, state.calls, shape)))
         self._turn("executor", self._executor.rotary(chunk_start(state.elapsed - state.planned_at, self.model.chunk)))
         self._act()
         actions = denormalize(self._buffers["executor.actions"].cpu().numpy(), self.statistics["action"])
+        actions = self.embodiment.act(actions, robot_state)
         elapsed = state.elapsed + self.config.execute
         self._current = dataclasses.replace(state, calls=state.calls + 1, elapsed=elapsed)
         return actions, self._current

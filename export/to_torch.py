@@ -3,8 +3,9 @@
     ahawam to-torch runs/robotwin/run --out exports/robotwin --dtype bfloat16
 
 The folder holds model.safetensors (the release's layout), vae.safetensors (the VAE's encoder, as stored),
-config.json, dataset_stats.json, text_tokens/ and, written last, manifest.json. It appears whole or not at all.
-Weights are streamed: memory is needed for one stacked parameter, or for two layers while they are compared.
+config.json, dataset_stats.json, text_tokens/, embodiment.json where the robot's own vectors are not the model's and,
+written last, manifest.json. It appears whole or not at all. Weights are streamed: memory is needed for one stacked
+parameter, or for two layers while they are compared.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from ml_collections import ConfigDict
 
 from ahawam_jax.checkpoints import Checkpoints, find_step
 from ahawam_jax.commands.export_weights import export_checkpoint
+from ahawam_jax.commands.flags import add_robot
 from ahawam_jax.models.aha_wam import abstract_params
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.towers.building import build_text_tower, build_video_tower
@@ -34,6 +36,7 @@ from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.release import TABLE
 from ahawam_jax.weights.safetensors_file import write_safetensors
 from ahawam_jax.weights.tensors import Tensor
+from data_pipelines.embodiment import pick_embodiment
 from data_pipelines.normalization import describe
 from data_pipelines.paths import local_path
 from data_pipelines.progress import Progress
@@ -41,7 +44,18 @@ from data_pipelines.statistics import FILE as STATISTICS
 from data_pipelines.statistics import Statistics, pick_robot, save_statistics
 from export.checks.parity import model_parity, video_parity
 from export.exported import check_widths, latent_grid, load_video, torch_dtype
-from export.manifest import CONFIG, MODEL, TEXT, VAE, ExportError, new_folder, require_new, sha256, write_manifest
+from export.manifest import (
+    CONFIG,
+    EMBODIMENT,
+    MODEL,
+    TEXT,
+    VAE,
+    ExportError,
+    new_folder,
+    require_new,
+    sha256,
+    write_manifest,
+)
 from export.twin.layers import DTYPES
 from export.twin.vae import encoder_table
 
@@ -49,10 +63,12 @@ from export.twin.vae import encoder_table
 LARGEST_DEVIATION = 1e-3
 
 
-def convert(path: str | Path, out: str | Path, dtype: str | None = None, robot: str | None = None) -> dict[str, Any]:
+def convert(
+    path: str | Path, out: str | Path, dtype: str | None = None, robot: str | None = None, dataset: str | None = None
+) -> dict[str, Any]:
     """Writes the export of a workdir or checkpoint step to the new folder `out` and returns the parity figures.
 
-    dtype: "float32" or "bfloat16"; None for config.model.dtype. robot: whose statistics, where there are several.
+    dtype: "float32" or "bfloat16"; None for config.model.dtype. robot, dataset: as `Policy.load` takes them.
     Raises ExportError, or another ValueError of what it reads, in sentences; `out` does not exist then.
     """
     out = local_path(out)
@@ -68,18 +84,22 @@ def convert(path: str | Path, out: str | Path, dtype: str | None = None, robot: 
     torch_dtype(dtype)
     statistics = run_statistics(run, path, robot)
     check_widths(statistics, model, str(path))
+    embodiment = pick_embodiment(run.get("robots", {}), robot, dataset)
     arrays = checkpoints.arrays(step)
     check_room(out, arrays, dtype)
 
     with new_folder(out) as partial:
         (partial / CONFIG).write_text(json.dumps(run["config"], indent=1) + "\n")
         save_statistics(statistics, partial / STATISTICS)
+        if embodiment is not None:
+            (partial / EMBODIMENT).write_text(json.dumps(embodiment.to_json(), indent=1) + "\n")
         copy_text(config, model, run["instructions"], partial / TEXT)
         vae = write_vae(config, model, partial)
         export_checkpoint(path, partial / MODEL, dtype)
         weights = compare_stored(checkpoints, step, arrays, open_weights(partial / MODEL).tensors, model)
         source = made_of(partial, weights)
-        parity = measure(config, model, partial, vae)
+        present = np.ones(model.action_dim, bool) if embodiment is None else embodiment.action.present
+        parity = measure(config, model, partial, vae, present)
         write_manifest(partial, {
             "source": {"path": str(path), "step": step, "sha256": source}, "dtype": dtype, "vae": vae,
             "normalization": describe(statistics),
@@ -192,15 +212,18 @@ def compare_stored(
 
 
 def made_of(folder: Path, weights: str) -> str:
-    """Hash of all that graphs and engines are made of, whatever the dtype: the weights, by theirs, VAE and config."""
-    files = [folder / name for name in (CONFIG, VAE) if (folder / name).exists()]
+    """Hash of all that graphs and engines are made of, whatever the dtype: the weights, by theirs, VAE, config and the
+    embodiment, whose absent numbers a loop holds."""
+    files = [folder / name for name in (CONFIG, VAE, EMBODIMENT) if (folder / name).exists()]
     return hashlib.sha256("".join([weights, *map(sha256, files)]).encode()).hexdigest()
 
 
-def measure(config: ConfigDict, model: ModelConfig, folder: Path, vae: dict[str, Any] | None) -> dict[str, float]:
+def measure(
+    config: ConfigDict, model: ModelConfig, folder: Path, vae: dict[str, Any] | None, present: np.ndarray
+) -> dict[str, float]:
     """Largest relative deviation of every graph, read back from the files, from JAX."""
     tensors = open_weights(folder / MODEL).tensors
-    figures = model_parity(tensors, model, latent_grid(config), config.policy.steps, config.objective.shift)
+    figures = model_parity(tensors, model, latent_grid(config), config.policy.steps, config.objective.shift, present)
     precise = dataclasses.replace(model, dtype="float32")
     tower = build_video_tower(config.towers, precise, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     encoder = load_video(folder, vae, DTYPES["float32"])
@@ -221,10 +244,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=local_path, help="workdir of a run or an import, or one of its steps")
     parser.add_argument("--out", type=local_path, required=True, help="folder to write; it must not exist")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: config.model.dtype)")
-    parser.add_argument("--robot", help="whose statistics to take, where the run was trained on several")
+    add_robot(parser)
     options = parser.parse_args(argv)
     try:
-        parity = convert(options.checkpoint, options.out, options.dtype, options.robot)
+        parity = convert(options.checkpoint, options.out, options.dtype, options.robot, options.dataset)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -151,7 +151,7 @@ def find_blocks(
     export = subject.export
     twin = from_release(
         to_release(reference.params), reference.config, latent_grid(export.config), len(export.executor.schedule),
-        export.config.objective.shift,
+        export.config.objective.shift, present=export.embodiment.action.present,
     )  # fmt: skip
     exact = dataclasses.replace(
         export, model=reference.config, planner=twin.planner, router=twin.router, executor=twin.executor,
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.set_verbosity(logging.ERROR)
     parser.add_argument("folder", type=local_path, help="what ahawam to-torch wrote")
     parser.add_argument("--engines", type=local_path, help="what ahawam to-tensorrt wrote (default: FOLDER/engines-*)")
-    parser.add_argument("--dataset", type=local_path, help="recorded samples come from it (default: only random ones)")
+    parser.add_argument("--dataset", type=local_path, help="or subset file; recorded samples come from it")
     parser.add_argument("--samples", type=int, default=4, help="of each kind (default 4)")
     parser.add_argument("--checkpoint", type=local_path, help="weights of the reference (default: the export's)")
     options = parser.parse_args(argv)

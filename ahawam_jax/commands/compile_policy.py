@@ -10,6 +10,7 @@ import sys
 
 from absl import logging
 
+from ahawam_jax.commands.flags import add_robot
 from ahawam_jax.inference.policy import Policy
 from data_pipelines.disk import writing
 from data_pipelines.paths import local_path
@@ -23,11 +24,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=local_path, required=True, help="folder to write to")
     parser.add_argument("--episodes", type=int, default=1, help="episodes at a time (default %(default)s)")
     parser.add_argument("--steps", type=int, help="Euler steps of the executor (default: config.policy.steps)")
-    parser.add_argument("--robot", help="whose statistics, where the run was trained on several")
+    add_robot(parser)
     options = parser.parse_args(argv)
     overrides = {} if options.steps is None else {"steps": options.steps}
     try:
-        policy = Policy.load(options.checkpoint, options.robot, **overrides)
+        policy = Policy.load(options.checkpoint, options.robot, options.dataset, **overrides)
         with writing(options.out, "The checkpoint is as it was; what is there of it is not read."):
             policy.save_compiled(options.out, options.episodes)
     except (ValueError, OSError) as error:

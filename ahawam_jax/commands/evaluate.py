@@ -9,6 +9,7 @@ run's config.policy. Writes an mp4 and a contact sheet of the first episodes to 
 import argparse
 import sys
 
+from ahawam_jax.commands.flags import add_robot
 from data_pipelines.paths import local_path
 
 
@@ -26,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     for name, text in (("memory", "let the planner remember earlier frames"),
                        ("routing", "adapt the planner context to the newest frame")):  # fmt: skip
         p.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text)
+    add_robot(p)
     p.add_argument("--blank", action="store_true", help="show the policy black images: a control that must fail")
     p.add_argument("--out", type=local_path, help="folder for the video and contact sheet (default WORKDIR/rollouts)")
     return p
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if options.episodes < 1:
             raise ValueError(f"--episodes is {options.episodes}; expected at least 1.")
-        policy = Policy.load(options.run, **overrides)
+        policy = Policy.load(options.run, options.robot, options.dataset, **overrides)
         actor = policy_actor(policy, options.task, options.episodes, options.blank)
         label = ", ".join([options.task] + [f"{k}={v}" for k, v in overrides.items()] + ["blank"] * options.blank)
         out = options.out or find_step(options.run)[0] / "rollouts"  # never in the folder of a step

@@ -1,5 +1,6 @@
 """What the commands share: flags whose mistakes are sentences."""
 
+import argparse
 import re
 import sys
 from collections.abc import Callable
@@ -68,6 +69,12 @@ def _refuse_addresses(argv: list[str], module: str) -> None:
             path = local_path(config_flags.get_config_filename(FLAGS["config"]))
             raise app.UsageError(f"--config is {path}, which cannot be loaded; give a file of configs/.") from None
         refuse_addresses(config, "config.")
+
+
+def add_robot(parser: argparse.ArgumentParser) -> None:
+    """--robot and --dataset, of commands that load a policy."""
+    parser.add_argument("--robot", help="to run on, where the run was trained on several")
+    parser.add_argument("--dataset", help="name of one of its datasets, where they differ in the robot's own vector")
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -32,6 +32,7 @@ from ahawam_jax.weights.files import LOCATIONS, Weights, open_weights
 from ahawam_jax.weights.importing import is_release, release_tensors
 from ahawam_jax.weights.release import TABLE
 from ahawam_jax.weights.tensors import WeightsError
+from data_pipelines.embodiment import Embodiment
 from data_pipelines.normalization import describe
 from data_pipelines.progress import Progress
 from data_pipelines.statistics import pick_robot
@@ -165,6 +166,12 @@ def inspect_checkpoint(path: Path, config: ModelConfig | None, values: bool) -> 
     print(f"  statistics: {', '.join(name or 'one robot' for name in robots) or 'none, so a policy cannot run'}")
     for name in robots:
         print(f"    {name or 'one robot'}: {describe(pick_robot(robots, name))}")
+        for way in run.get("robots", {}).get(name, ()):
+            own = Embodiment.from_json(way)
+            told = f"its own state has {len(own.state.names)} numbers, its action {len(own.action.names)}"
+            for what, found in (("held", own.held), ("without camera", own.absent), ("in", way["datasets"])):
+                told += f"; {what}: {', '.join(found)}" if found else ""
+            print(f"      {told}")
     for key in ("source", "instructions"):
         if run.get(key):
             print(f"  {key}: {str(run[key])[:100]}")

@@ -50,11 +50,12 @@ def window(tensors: Mapping[str, Any], layers: range) -> dict[str, Any]:
 
 
 def model_parity(
-    tensors: Mapping[str, Any], config: ModelConfig, grid: tuple[int, int], steps: int, shift: float
-) -> dict[str, float]:
+    tensors: Mapping[str, Any], config: ModelConfig, grid: tuple[int, int], steps: int, shift: float,
+    present: np.ndarray,
+) -> dict[str, float]:  # fmt: skip
     """Worst deviation of planner, router and executor over all layers, on random inputs of the real sizes.
 
-    tensors: in the release's layout. grid: height and width of the latents.
+    tensors: in the release's layout. grid: height and width of the latents. present: bool [d], see `denoise`.
     """
     count = min(WINDOW, config.num_layers)
     small = dataclasses.replace(config, num_layers=count, dtype="float32", remat="none")
@@ -85,13 +86,13 @@ def model_parity(
         positions = START + np.arange(config.chunk)[None]
         actions = denoise(
             model, params, noise[:, None], positions, text, mask, state[:, None],
-            PlannerContext(*(x[:, :, None] for x in context)), steps, shift,
+            PlannerContext(*(x[:, :, None] for x in context)), steps, shift, present,
         )  # fmt: skip
         parts = {"planner": (fresh.k, fresh.v), "router": (routed.k, routed.v)}
         return {name: [x[:, :, 0] for x in pair] for name, pair in parts.items()} | {"executor": [actions[:, 0]]}
 
     def in_torch(part):
-        twin = from_release(part, small, grid, steps, shift)
+        twin = from_release(part, small, grid, steps, shift, present=present)
         planner, executor = twin.planner, twin.executor
         t = [torch.from_numpy(x) for x in (text, mask, latents[:, :, 0], state, noise, valid, *context, *past)]
         words, seen, image, robot, start, known, k, v, past_k, past_v = t

@@ -64,7 +64,8 @@ class Reference:
             return jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs, method=method))
 
         self._refresh, self._route = apply("refresh"), apply("route")
-        self._act = jax.jit(lambda params, *inputs: denoise(model, params, *inputs, steps, shift))
+        present = export.embodiment.action.present
+        self._act = jax.jit(lambda params, *inputs: denoise(model, params, *inputs, steps, shift, present))
 
     def __call__(self, sample: Sample) -> list[Call]:
         """vae and planner for every frame, then vae, router and executor for the chunk."""

@@ -7,7 +7,9 @@ import numpy as np
 
 from ahawam_jax.towers.latents import make_canvas, make_windows
 from data_pipelines.caches.frame_cache import DecodingFrames
-from data_pipelines.readers.opening import open_episodes
+from data_pipelines.embodiment import Embodiment
+from data_pipelines.episodes import Episodes
+from data_pipelines.readers.subset import embodiment_of, open_datasets
 from data_pipelines.windows import Windows
 from export.exported import Export
 
@@ -48,16 +50,12 @@ def random_samples(export: Export, count: int) -> list[Sample]:
 def recorded_samples(export: Export, path: str | Path, count: int) -> list[Sample]:
     """Windows of a dataset, evenly spread, through the canvas of the run: history, current frame, one of the chunks.
 
-    Raises ValueError for a dataset that lacks a camera, and for states of another width than the model's.
+    path: of the dataset, or of a subset file, out of which the first of the export's robot is taken. Raises ValueError
+    where there is none, and for a dataset that lacks a camera.
     """
-    model, dataset, canvas = export.model, open_episodes(path), make_canvas(export.config)
+    model, canvas, stats = export.model, make_canvas(export.config), export.statistics
+    dataset = robot_dataset(export, path)
     dataset.require_cameras(canvas.cameras)
-    if dataset.state_dim != model.state_dim or dataset.action_dim != model.action_dim:
-        raise ValueError(
-            f"{path} has {dataset.state_dim} state and {dataset.action_dim} action numbers, the export "
-            f"{model.state_dim} and {model.action_dim}; give a dataset of the same robot."
-        )
-    stats = export.statistics
     windows = Windows(dataset, DecodingFrames(dataset, canvas), make_windows(export.config, model), stats)
     samples = []
     for i, index in enumerate(np.linspace(0, len(windows) - 1, count).astype(int)):
@@ -73,3 +71,18 @@ def recorded_samples(export: Export, path: str | Path, count: int) -> list[Sampl
             np.asarray(text, np.float32), np.asarray(mask, bool),
         ))  # fmt: skip
     return samples
+
+
+def robot_dataset(export: Export, path: str | Path) -> Episodes:
+    """See `recorded_samples`."""
+    datasets = [part.dataset for part in open_datasets(path)]
+    for dataset in datasets:
+        plain = Embodiment.as_recorded(dataset.state_dim, dataset.action_dim)
+        if (embodiment_of(dataset) or plain) == export.embodiment:
+            return dataset
+    found = ", ".join(f"{x.state_dim} and {x.action_dim}" for x in datasets)
+    wanted = " and ".join(str(len(x.names)) for x in (export.embodiment.state, export.embodiment.action))
+    raise ValueError(
+        f"{path} has no dataset of the export's robot, whose own state and action have {wanted} numbers; found "
+        f"{found}. Give one that is recorded so, by way of a subset file where the run had one."
+    )

@@ -262,8 +262,12 @@ class Router(nn.Module):
 class Executor(nn.Module):
     """The executor (Eq. 3) and its Euler loop (Eq. 5), unrolled. The modulation of all steps is a table."""
 
-    def __init__(self, config: ModelConfig, steps: int, shift: float, dtype: torch.dtype = torch.float32):
-        """steps: Euler steps of the loop; shift: of the noise levels, config.objective.shift."""
+    def __init__(
+        self, config: ModelConfig, steps: int, shift: float, dtype: torch.dtype = torch.float32,
+        present: np.ndarray | None = None,
+    ):  # fmt: skip
+        """steps: Euler steps of the loop; shift: of the noise levels, config.objective.shift. present: bool [d], which
+        numbers of an action the robot has; the others are 0 at every step. None for all, which costs nothing."""
         super().__init__()
         dim = config.executor_dim
         levels = flow_matching.noise_levels(steps, shift)
@@ -279,15 +283,17 @@ class Executor(nn.Module):
         )
         self.head = Linear(dim, config.action_dim, torch.float32)
         self.register_buffer("rows", torch.empty(steps, config.num_layers, 6, dim))
+        factor = None if present is None or present.all() else torch.tensor(present.tolist(), dtype=torch.float32)
+        self.register_buffer("present", factor, persistent=False)
 
     @classmethod
     def from_release(
         cls, state: Mapping[str, Any], config: ModelConfig, steps: int, shift: float,
-        dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", present: np.ndarray | None = None,
     ) -> "Executor":  # fmt: skip
         """With the weights of `state`, tensors by name of the release's layout. Raises WeightsError."""
         with torch.device(device):
-            executor = cls(config, steps, shift, dtype)
+            executor = cls(config, steps, shift, dtype, present)
         fill(executor.views(), state)
         times = np.float32(flow_matching.NUM_TRAIN_TIMES) * np.float32([level for level, _ in executor.schedule])
         executor.rows.copy_(modulation(state, ACTION, times, config))
@@ -312,13 +318,18 @@ class Executor(nn.Module):
         """
         cross_k, cross_v = torch.cat([text_k, state_k], 2), torch.cat([text_v, state_v], 2)
         cross_mask = torch.cat([text_mask, text_mask.new_ones(len(text_mask), 1)], 1)[:, None, None]
-        x = noise
+        x = self.only_present(noise)
         for step, (level, change) in enumerate(self.schedule):
             rows = self.rows[step]
             prediction = self.predict(x, rows, cos, sin, cross_k, cross_v, cross_mask, routed_k, routed_v)
+            prediction = self.only_present(prediction)
             velocity = flow_matching.to_velocity(prediction, x, level, self.config.prediction)
             x = x + velocity * change
         return x
+
+    def only_present(self, x: Tensor) -> Tensor:
+        """x [B, T, d], 0 where the robot has no such number."""
+        return x if self.present is None else x * self.present
 
     def predict(
         self, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, cross_k: Tensor, cross_v: Tensor, cross_mask: Tensor,
@@ -364,21 +375,21 @@ class Twin:
 
 def from_release(
     state: Mapping[str, Any], config: ModelConfig, grid: tuple[int, int], steps: int, shift: float,
-    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", present: np.ndarray | None = None,
 ) -> Twin:  # fmt: skip
     """The twin of a checkpoint in the release's layout.
 
     state: torch tensors, arrays, or tensors that still lie in a file (`weights.files.open_weights`), by name
-    '<payload section>/<name>'; they are copied one at a time. grid: height and width of the latents. steps, shift: of
-    the executor's loop. dtype: float32 or bfloat16. Raises one WeightsError that lists every missing, surplus and
-    misshapen tensor, and one for the first tensor of another dtype or with NaN or infinity.
+    '<payload section>/<name>'; they are copied one at a time. grid: height and width of the latents. steps, shift,
+    present: of the executor's loop. dtype: float32 or bfloat16. Raises one WeightsError that lists every missing,
+    surplus and misshapen tensor, and one for the first tensor of another dtype or with NaN or infinity.
     """
     check_dtype(dtype)
     check_names(state, TABLE, abstract_params(config))
     return Twin(
         PlannerRefresh.from_release(state, config, grid, dtype, device),
         Router.from_release(state, config, dtype, device),
-        Executor.from_release(state, config, steps, shift, dtype, device),
+        Executor.from_release(state, config, steps, shift, dtype, device, present),
         state,
     )
 

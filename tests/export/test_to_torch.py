@@ -36,8 +36,8 @@ from data_pipelines.statistics import FILE as STATISTICS
 from data_pipelines.statistics import NAMES, save_statistics
 from export import to_torch
 from export.exported import load_export
+from export.manifest import EMBODIMENT, MODEL, TEXT, VAE, ExportError
 from export.manifest import FILE as MANIFEST
-from export.manifest import MODEL, TEXT, VAE, ExportError
 from export.to_torch import convert, made_of
 from export.twin.model import empty_memory
 from tests import tiny_config
@@ -185,13 +185,13 @@ def test_hash_is_of_the_weights_whatever_they_are_exported_as(full: Path, tmp_pa
 
 # --------------------------------------------------------------------------------------------------- what goes wrong
 def test_hash_is_of_all_that_engines_are_made_of(tmp_path: Path) -> None:
-    """Another VAE beside the same checkpoint, or another number of steps, makes other engines."""
+    """Another VAE beside the same checkpoint, another robot, or another number of steps, makes other engines."""
     hashes = {made_of(tmp_path, "0"), made_of(tmp_path, "1")}
-    for name in (VAE, "config.json"):
+    for name in (VAE, EMBODIMENT, "config.json"):
         for content in ("a", "b"):
             (tmp_path / name).write_text(content)
             hashes.add(made_of(tmp_path, "0"))
-    assert len(hashes) == 6
+    assert len(hashes) == 8
 
 
 def saved(demo: Path, folder: Path, change: Any = None, **record: Any) -> Path:

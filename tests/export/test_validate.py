@@ -14,6 +14,7 @@ import torch
 
 from ahawam_jax.towers.latents import make_canvas
 from data_pipelines.canvas import CAMERAS
+from data_pipelines.embodiment import Embodiment
 from data_pipelines.normalization import normalize
 from data_pipelines.readers.opening import open_episodes
 from export import validate
@@ -214,6 +215,6 @@ def test_the_first_frame_stays_in_a_sample(plain_export: Path) -> None:
 
 def test_a_dataset_of_another_robot_is_refused(plain_export: Path, dataset: Path) -> None:
     export = load_export(plain_export)
-    narrow = type(export.model)(**{**vars(export.model), "state_dim": 9})
-    with pytest.raises(ValueError, match="has 5 state and 3 action numbers, the export 9 and 3; give a dataset"):
-        recorded_samples(type(export)(**{**vars(export), "model": narrow}), dataset, 1)
+    other = Embodiment.as_recorded(9, 3)
+    with pytest.raises(ValueError, match="own state and action have 9 and 3 numbers; found 5 and 3"):
+        recorded_samples(dataclasses.replace(export, embodiment=other), dataset, 1)

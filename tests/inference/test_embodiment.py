@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ahawam_jax.checkpoints import save_params
+from ahawam_jax.commands import compile_policy
 from ahawam_jax.inference.policy import Policy, PolicyConfig
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import ModelConfig
@@ -115,16 +116,19 @@ def test_a_vector_of_the_layout_is_refused(masked: Policy) -> None:
 OTHER = dataclasses.replace(ROBOT, action=dataclasses.replace(OWN, one=(1.0,) * 16))
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a robot with two ways of recording, and of one without an embodiment."""
-    folder = tmp_path_factory.mktemp("run")
+def save_run(folder: Path) -> Path:
+    """A checkpoint of a robot "a" that is recorded in two ways, and of "b", whose vectors are the model's."""
     ways = [{"datasets": ["cups"], **ROBOT.to_json()}, {"datasets": ["cloth"], **OTHER.to_json()}]
     save_params(folder, jax.tree.map(jnp.asarray, PARAMS), {
         "config": json.loads(CONFIG.to_json()), "instructions": INSTRUCTIONS, "robots": {"a": ways},
         "statistics": to_lists({"a": statistics(), "b": statistics()}),
     })  # fmt: skip
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("run"))
 
 
 def load(run: Path, *arguments: Any, **settings: Any) -> Policy:
@@ -142,7 +146,8 @@ def test_robot_and_dataset_choose_the_embodiment(run: Path) -> None:
 
 
 def test_compiled_functions_are_of_one_mask(run: Path, masked: Policy, tmp_path: Path) -> None:
-    masked.save_compiled(tmp_path, 2)
+    out = ["--out", str(tmp_path), "--episodes", "2"]
+    assert compile_policy.main([str(run), *out, "--robot", "a", "--dataset", "cups"]) == 0
     again = load(run, "a", "cups", compiled_in=tmp_path)
     np.testing.assert_array_equal(drive(again, OWN_STATES), drive(masked, OWN_STATES))
     with pytest.raises(ValueError, match=r"compiled for another policy \(present: \[True, .* False, .* there, \[True"):
