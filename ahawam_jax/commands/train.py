@@ -11,10 +11,12 @@ Elsewhere each is told: --coordinator=HOST:PORT --process=0 --processes=4, or JA
 and JAX_NUM_PROCESSES.
 
 Exit status: 0 when all steps are done; 75 when the same command is to be started again, as after a signal or where
-another process of the job is lost; 1 for what it cannot go on with.
+another process of the job is lost; 130 when stopped before the first step or by a second signal; 1 for what it cannot
+go on with.
 """
 
 import os
+import signal
 import sys
 import traceback
 
@@ -46,8 +48,8 @@ def _train(argv: list[str]) -> None:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(REQUEUE)
-    except KeyboardInterrupt:
-        end(1, "aborted by a second signal; saved steps are whole")
+    except KeyboardInterrupt:  # before the first step, or the second signal
+        end(128 + signal.SIGINT, "stopped")
     except Exception:
         end(1, traceback.format_exc())
 
