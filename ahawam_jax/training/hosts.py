@@ -44,6 +44,7 @@ def join(job: Job | None, wait: float = WAIT) -> None:
     late = threading.Timer(wait, _give_up, (job, wait))  # jax would end the process with a trace of its C++ stack
     late.daemon = True
     late.start()
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `stopping`
     try:
         jax.distributed.initialize(
             job.coordinator, job.processes, job.process, job.devices, cluster_detection_method=job.cluster,

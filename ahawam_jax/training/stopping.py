@@ -84,7 +84,11 @@ class Requests:
 
 def with_votes(train_step: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any, jax.Array]]:
     """The step that also takes `votes` and returns, as its third, the largest of them."""
-    return lambda state, batch, tower, key, votes: (*train_step(state, batch, tower, key), votes.max())
+
+    def train_step_with_votes(state: Any, batch: Any, tower: Any, key: jax.Array, votes: jax.Array) -> Any:
+        return *train_step(state, batch, tower, key), votes.max()
+
+    return train_step_with_votes
 
 
 # ------------------------------------------------------------------------------------------------ lost processes
