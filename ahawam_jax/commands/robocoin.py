@@ -50,14 +50,17 @@ def main(argv: list[str] | None = None) -> int:
     if chosen.hours is not None and not 0 < chosen.hours < float("inf"):
         parser.error(f"--hours is {chosen.hours:g}: expected a positive number")
     try:
-        _write(chosen, wanted)
+        lines = _write(chosen, wanted)
     except (DatasetError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    for line in lines:
+        print(line)
     return 0
 
 
-def _write(chosen: argparse.Namespace, wanted: Callable[[Finding], bool] | None) -> None:
+def _write(chosen: argparse.Namespace, wanted: Callable[[Finding], bool] | None) -> list[str]:
+    """Writes what was asked for, and returns what to say of it."""
     found = scan(chosen.folder, chosen.out.with_name(f"{chosen.out.name}.scan.jsonl"), chosen.videos)
     about = [f"A subset of the {len(found)} datasets below {chosen.folder}, proposed by ahawam robocoin."]
     if wanted:
@@ -74,10 +77,9 @@ def _write(chosen: argparse.Namespace, wanted: Callable[[Finding], bool] | None)
     safe = "What was found is kept; the same command writes the file from it."
     with writing(chosen.out, safe), whole_file(chosen.out) as partial:
         partial.write_text(to_toml(proposal, chosen.folder, chosen.out, about), "utf-8")
-    for line in (*about[1:], *table(proposal)):
-        print(line)
     if chosen.report:
         with writing(chosen.report, f"{chosen.out} is written."):
             write_page(proposal, chosen.report, f"{chosen.out.name}: a subset of {chosen.folder}")
     hours = sum(candidate.finding.hours for candidate in proposal.included)
-    print(f"\n{chosen.out}: {len(proposal.included)} datasets, {hours:.1f} hours. Look through it, then train.")
+    last = f"{chosen.out}: {len(proposal.included)} datasets, {hours:.1f} hours. Look through it, then train."
+    return [*about[1:], *table(proposal), "", last]

@@ -11,6 +11,7 @@ from ahawam_jax.commands import robocoin
 from data_pipelines.episodes import DatasetError
 from data_pipelines.inspection import findings as module
 from data_pipelines.inspection.findings import Finding, find, power_of_ten, state_of_files
+from data_pipelines.inspection.proposal import propose, to_toml
 from data_pipelines.inspection.scan import folders, scan
 from data_pipelines.readers.subset import load_subset, open_datasets
 from tests.data_pipelines.synthetic_robocoin import UNSEEN, Synthetic, census, other_side
@@ -74,6 +75,23 @@ def test_hands_and_the_recorded_opening(tmp_path: Path, shared_dir: Path) -> Non
         assert grip.scale == pytest.approx(-1.0 if grip.kind == "state" else 1.0, abs=1e-6)  # a straight line
     Synthetic(records["14"], (100,)).write(tmp_path / "few", pictures=None)
     assert find(tmp_path / "few", "few").unnamed == {"action": (16, 17)}
+
+
+def test_every_naming_of_the_census_is_proposed_or_has_its_reason(tmp_path: Path, shared_dir: Path) -> None:
+    found = []
+    for record in census(shared_dir):
+        Synthetic(record, (100, 90)).write(tmp_path / record["schema"], pictures=None)
+        found.append(find(tmp_path / record["schema"], record["schema"]))
+        assert found[-1].arms == 2 and found[-1].joints == record["arm_dof"]
+        assert found[-1].gripper == ("gripper" in record["end_effector"]) != (found[-1].hands > 0)
+    proposal = propose(found)
+    out = tmp_path / "subset.toml"
+    out.write_text(to_toml(proposal, tmp_path, out, []))
+    assert {candidate.finding.robot for candidate in proposal.candidates if candidate.exclude} == {"ruantong_a2d"}
+    parts = {part.name: part.dataset for part in open_datasets(out)}
+    assert len(parts) == len(found) - 1 and {dataset.action_dim for dataset in parts.values()} == {16}
+    one_set_of_numbers = {(dataset.robot, tuple(dataset.action_present)) for dataset in parts.values()}
+    assert len(one_set_of_numbers) == len({dataset.robot for dataset in parts.values()})
 
 
 def test_tails_bad_rows_and_sides(tmp_path: Path) -> None:
