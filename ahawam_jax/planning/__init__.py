@@ -1,0 +1,1 @@
+"""What a training run will need of a cluster: memory, arithmetic, traffic and time, from shapes alone."""

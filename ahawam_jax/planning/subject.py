@@ -1,0 +1,144 @@
+"""The training step of a configuration on a mesh that need not exist: the real function, with abstract arguments."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from ml_collections import ConfigDict
+
+from ahawam_jax.models.aha_wam import AhaWam
+from ahawam_jax.models.config import FRAMES_PER_LATENT, SPATIAL_STRIDE, ModelConfig
+from ahawam_jax.towers.latents import make_canvas, make_windows
+from ahawam_jax.towers.stand_ins import BlockTransform
+from ahawam_jax.towers.vae import VaeConfig, WanVae, abstract_vae_params
+from ahawam_jax.training import sharding
+from ahawam_jax.training.objective import ObjectiveConfig
+from ahawam_jax.training.optimizer import OptimizerConfig, make_optimizer
+from ahawam_jax.training.step import Batch, create_state, make_train_step
+
+NOMINAL_STEPS = 100_000  # of a run whose length is given in epochs: the schedule's length changes no shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A step and what it is called with; nothing is allocated.
+
+    arguments: state, batch, tower, key as ShapeDtypeStructs with shardings.  layout: shardings of the state.
+    """
+
+    config: ConfigDict
+    model: ModelConfig
+    mesh: Mesh | AbstractMesh
+    function: Callable[..., Any]
+    arguments: tuple[Any, Batch, Any, Any]
+    layout: Any
+
+    @property
+    def state(self) -> Any:
+        """The abstract TrainState."""
+        return self.arguments[0]
+
+    @property
+    def batch(self) -> Batch:
+        """The abstract batch of all devices together."""
+        return self.arguments[1]
+
+    @property
+    def rows_per_device(self) -> int:
+        """Samples that a device computes at a time."""
+        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * self.config.optimizer.accumulate
+        return self.config.data.batch_size // parts
+
+
+def abstract_mesh(sizes: tuple[int, int, int]) -> AbstractMesh:
+    """A mesh (data, fsdp, tensor) without devices."""
+    return AbstractMesh(sizes, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def make_subject(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Subject:
+    """The step that `ahawam train` would run with this config on this mesh.
+
+    Raises ValueError where the batch does not divide among the devices, and for fields that fit no model.
+    """
+    model = ModelConfig.create(config.model)
+    optimizer = OptimizerConfig(**config.optimizer)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * optimizer.accumulate
+    if config.data.batch_size % parts:
+        raise ValueError(
+            f"config.data.batch_size {config.data.batch_size} must be a multiple of mesh data * fsdp * accumulate = "
+            f"{parts}."
+        )
+    net = AhaWam(model)
+    tx = make_optimizer(optimizer, config.train.steps or NOMINAL_STEPS)
+    step = make_train_step(net, tx, ObjectiveConfig(**config.objective), optimizer)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    boxed = jax.eval_shape(lambda key: create_state(net, tx, key, optimizer.ema_decay > 0), key)
+    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+
+    def placed(tree: Any, where: jax.sharding.Sharding) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+    batch, tower = _batch(config, model), _tower(config, model)
+    arguments = (sharding.abstract(boxed, mesh), placed(batch, rows), placed(tower, whole), placed(key, whole))
+    return Subject(config, model, mesh, step, arguments, sharding.shardings(boxed, mesh))
+
+
+def trace(subject: Subject) -> Any:
+    """The step's ClosedJaxpr, arguments and results in the order of the flattened trees, and its abstract result."""
+    with sharding.activation_rules(subject.mesh):
+        return jax.make_jaxpr(subject.function, return_shape=True)(*subject.arguments)
+
+
+def _batch(config: ConfigDict, model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of `Windows.gather` for the whole batch, instructions replaced by text tokens."""
+    size, windows, canvas = config.data.batch_size, make_windows(config, model), make_canvas(config)
+    grid = tuple(side // SPATIAL_STRIDE for side in canvas.size)
+    frames, history, rows = windows.video_frames, windows.history_frames, windows.rows
+    clip, text = 1 + (frames - 1) // FRAMES_PER_LATENT, (config.towers.text_length, model.text_dim)
+    channels = model.latent_channels
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size, *shape), dtype)
+
+    cached, clips = bool(config.data.latents), bool(config.data.latents) and config.data.latent_clips
+    pictures = {} if clips else {"video": array(jnp.uint8, frames, *canvas.size, 3)}
+    if cached:
+        pictures |= {
+            "obs_latents": array(jnp.float16, windows.chunks, channels, 1, *grid),
+            "history_latents": array(jnp.float16, history, channels, 1, *grid),
+        }
+    else:
+        pictures |= {
+            "observations": array(jnp.uint8, windows.chunks, *canvas.size, 3),
+            "history": array(jnp.uint8, history, *canvas.size, 3),
+        }
+    if clips:
+        pictures["input_latents"] = array(jnp.float16, channels, clip, *grid)
+    words = jnp.bfloat16 if config.towers.text == "umt5" else jnp.float32
+    return pictures | {
+        "video_history_valid_len": array(jnp.int32),
+        "video_history_frame_indices": array(jnp.int32, history),
+        "video_temporal_position_ids": array(jnp.int32, clip),
+        "image_is_pad": array(bool, frames),
+        "context": array(words, *text),
+        "context_mask": array(bool, text[0]),
+        "action": array(jnp.float32, rows, model.action_dim),
+        "action_is_pad": array(bool, rows),
+        "action_present": array(bool, model.action_dim),
+        "proprio": array(jnp.float32, rows, model.state_dim),
+        "action_offset": array(jnp.int32),
+    }
+
+
+def _tower(config: ConfigDict, model: ModelConfig) -> Any:
+    """The video tower, abstract: nothing where no picture is left to encode."""
+    if config.towers.video == "block_transform" or config.data.latents and config.data.latent_clips:
+        return BlockTransform()
+    params = nn.unbox(abstract_vae_params(VaeConfig()))
+    params = {name: x for name, x in params.items() if name not in ("decoder", "from_latent")}
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype if x.ndim > 1 else x.dtype), params)
+    return jax.eval_shape(lambda params: WanVae(params), params)
