@@ -90,7 +90,7 @@ class _Memory:
     def inside(self, op: Op) -> Peak:
         """What an operation needs while it runs."""
         if op.body is not None:
-            return self.peak(op.body, set())
+            return self.peak(op.body, {*op.body.outputs[: op.carries]})  # written where the carry lies
         scattered = (one for one in self.by_op.get(op, ()) if one.kind == SCATTER)
         return Peak(max((one.bytes for one in scattered), default=0), op)
 
@@ -99,10 +99,14 @@ def _stored(program: Program) -> set[Value]:
     """The values that are arrays in memory."""
     stored = {value for op in program.ops if op.name in IN_MEMORY or op.name in REDUCED for value in op.outputs}
     must = [value for op in program.ops if op.name in IN_MEMORY for value in op.inputs] + program.outputs
+    constant: set[Value] = set()
+    for op in program.ops:
+        if all(value in constant or value.producer is None and not value.shape for value in op.inputs):
+            constant.update(op.outputs)
     for value in must:
         while value.producer is not None and value.producer.name in VIEWS:
             value = value.producer.inputs[0]
-        if value.producer is not None:
+        if value.producer is not None and value not in constant:
             stored.add(value)
     return stored
 
