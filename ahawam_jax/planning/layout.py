@@ -135,6 +135,7 @@ class _Layout:
     def __init__(self, sizes: Mapping[str, int]):
         self.sizes = sizes
         self.found: list[Collective] = []
+        self.sums: dict[Value, Collective] = {}  # what is reduced everywhere, and by which collective
         self._gathered: set[tuple[Program, Value, tuple[str, ...]]] = set()
 
     def run(self, program: Program, times: int) -> None:
@@ -199,6 +200,8 @@ class _Layout:
 
     def merged(self, op: Op, operands: list[Value]) -> Spec:
         """Of an elementwise operation: the layout of the operand that is most, to which the others are brought."""
+        if op.name in ("add", "add_any"):
+            self.add_sums(op)
         operands = sorted(operands, key=lambda x: (x.weight, -_origin(x).size))
         spec = list(operands[0].spec)
         for other in operands[1:]:
@@ -233,18 +236,18 @@ class _Layout:
         (lc, rc), (lb, rb) = op.params["dimension_numbers"]
         ls, rs = ([list(axes) for axes in self.known(x)] for x in (left, right))
         pairs = list(zip((*lc, *lb), (*rc, *rb), strict=True))
-        loser, ours, theirs = (left, ls, rs) if _yields(left, right) else (right, rs, ls)
-        # An axis that splits one thing here and another there: who yields is gathered over it.
-        partner = dict((a, b) if loser is left else (b, a) for a, b in pairs)
-        lost = []
-        for i, axes in enumerate(ours):
-            for axis in list(axes):
-                here = next((k for k, other in enumerate(theirs) if axis in other), None)
-                if here is not None and partner.get(i) != here:
-                    lost.append(axis)
-                    axes.remove(axis)
-        if lost:
-            self.gather(op, loser, tuple(lost))
+        # An axis that splits one thing here and another there: it is gathered where its dimension is summed over, else
+        # where the weights are.
+        lost: dict[Value, list[str]] = {left: [], right: []}
+        for i, axes in enumerate(ls):
+            for j, others in enumerate(rs):
+                for axis in [axis for axis in axes if axis in others and (i, j) not in pairs]:
+                    yields = (i in lc, left.weight, -left.size) > (j in rc, right.weight, -right.size)
+                    (axes if yields else others).remove(axis)
+                    lost[left if yields else right].append(axis)
+        for value, gone in lost.items():
+            if gone:
+                self.gather(op, value, tuple(gone))
         free = [axes for i, axes in enumerate(ls) if i not in (*lc, *lb)]
         free += [axes for i, axes in enumerate(rs) if i not in (*rc, *rb)]
         batch = [sorted({*ls[i], *rs[j]}, key=list(self.sizes).index) for i, j in zip(lb, rb, strict=True)]
@@ -257,17 +260,29 @@ class _Layout:
     def reduced(self, op: Op, spec: Spec, summed: set[str]) -> Spec:
         """Sums over split dimensions: scattered over the axes that split the result in the end, else everywhere."""
         out = op.outputs[0]
-        spec = self.legal(spec, out.shape)
+        spec = out.spec = self.legal(spec, out.shape)
+        everywhere = []
         for axis in (axis for axis in self.sizes if axis in summed):
-            place = None
-            if out.wanted is not None and axis not in {a for axes in spec for a in axes}:
-                place = next((i for i, axes in enumerate(self.legal(out.wanted, out.shape)) if axis in axes), None)
-            out.spec = spec
-            whole = local_bytes(out, self.sizes)
-            self.found.append(Collective(REDUCE if place is None else SCATTER, (axis,), whole, self.times, op, out))
-            if place is not None:
-                spec = tuple((*axes, axis) if i == place else axes for i, axes in enumerate(spec))
-        return spec
+            taken = {a for axes in out.spec for a in axes}
+            wanted = self.legal(out.wanted, out.shape) if out.wanted is not None and axis not in taken else ()
+            place = next((i for i, axes in enumerate(wanted) if axis in axes), None)
+            if place is None:
+                everywhere.append(axis)
+                continue
+            self.found.append(Collective(SCATTER, (axis,), local_bytes(out, self.sizes), self.times, op, out))
+            out.spec = tuple((*axes, axis) if i == place else axes for i, axes in enumerate(out.spec))
+        if everywhere:
+            one = Collective(REDUCE, tuple(everywhere), local_bytes(out, self.sizes), self.times, op, out)
+            self.found.append(one)
+            self.sums[out] = one
+        return out.spec
+
+    def add_sums(self, op: Op) -> None:
+        """Two sums that are only added are reduced once."""
+        first, second = (self.sums.get(_origin(x)) for x in op.inputs)
+        if first and second and first is not second and (first.axes, first.times) == (second.axes, second.times):
+            self.found.remove(second)
+            self.sums[op.outputs[0]] = first
 
     def gather(self, op: Op, value: Value, axes: tuple[str, ...]) -> None:
         """Brings a value to devices that lack parts of it; once for all who read it in this pass of a body."""
@@ -301,11 +316,6 @@ class _Layout:
         self.program, self.times = outer, times
         for i, (value, inner) in enumerate(zip(op.outputs, body.outputs, strict=True)):
             value.spec = inner.spec if i < count or inner.spec is None else ((), *inner.spec)
-
-
-def _yields(left: Value, right: Value) -> bool:
-    """Whether the left operand is the one to move: weights rather than activations, the smaller of two."""
-    return (not left.weight, left.size) < (not right.weight, right.size)
 
 
 def _chain(value: Value) -> list[Value]:
