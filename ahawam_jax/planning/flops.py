@@ -55,6 +55,11 @@ def walk(program: Program, times: int = 1) -> Iterator[tuple[Op, int]]:
             yield from walk(op.body, times * op.times)
 
 
+def on_device(program: Program) -> float:
+    """Of those of a program that is laid out, what one device computes."""
+    return sum(times * flops(op) / op.split for op, times in walk(program))
+
+
 def count(program: Program) -> Counter[tuple[str, str]]:
     """Operations by (component, pass)."""
     total: Counter[tuple[str, str]] = Counter()

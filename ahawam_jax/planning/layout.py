@@ -66,6 +66,7 @@ def lay_out(program: Program, inputs: Sequence[Spec], outputs: Sequence[Spec | N
     inputs, outputs: layouts of arguments, and of those results for which one is prescribed.  sizes: of the mesh axes.
     weights: which arguments are parameters and what is shaped like them.
     """
+    _forget(program)
     layout = _Layout({axis: size for axis, size in sizes.items() if size > 1})
     for value, spec, weight in zip(program.inputs, inputs, weights, strict=True):
         value.spec, value.weight = layout.legal(spec, value.shape), weight
@@ -74,6 +75,17 @@ def lay_out(program: Program, inputs: Sequence[Spec], outputs: Sequence[Spec | N
     _want(program)
     layout.run(program, 1)
     return layout.found
+
+
+def _forget(program: Program) -> None:
+    """Layouts of an earlier call, on another mesh."""
+    values = {*program.inputs, *program.outputs}
+    for op in program.ops:
+        values.update(op.inputs, op.outputs)
+        if op.body is not None:
+            _forget(op.body)
+    for value in values:
+        value.spec = value.wanted = None
 
 
 # ------------------------------------------------------------------------------------------- what readers end in
@@ -147,6 +159,8 @@ class _Layout:
             spec = self.result(op)
             for value in op.outputs:
                 value.spec = None if spec is None else self.legal(spec[: len(value.shape)], value.shape)
+                if op.name == "conv_general_dilated":
+                    op.split = parts((axis for axes in value.spec or () for axis in axes), self.sizes)
                 value.weight = op.name in STRUCTURAL and all(x.weight for x in op.inputs)
 
     def legal(self, spec: Spec, shape: tuple[int, ...]) -> Spec:
@@ -248,6 +262,7 @@ class _Layout:
         for value, gone in lost.items():
             if gone:
                 self.gather(op, value, tuple(gone))
+        op.split = parts({axis for axes in (*ls, *rs) for axis in axes}, self.sizes)
         free = [axes for i, axes in enumerate(ls) if i not in (*lc, *lb)]
         free += [axes for i, axes in enumerate(rs) if i not in (*rc, *rb)]
         batch = [sorted({*ls[i], *rs[j]}, key=list(self.sizes).index) for i, j in zip(lb, rb, strict=True)]

@@ -38,8 +38,11 @@ class Value:
 
 @dataclasses.dataclass(eq=False)
 class Op:
-    """One equation. scope: the names of the modules and transformations it stands in.  body: of a scan, whose inputs
-    are the scan's: constants, carry, one slice of each scanned array."""
+    """One equation.
+
+    scope: the names of the modules and transformations it stands in.  body: of a scan, whose inputs are the scan's:
+    constants, carry, one slice of each scanned array.  split: among how many devices its work is divided.
+    """
 
     name: str
     params: dict[str, Any]
@@ -47,6 +50,7 @@ class Op:
     outputs: list[Value]
     scope: str
     body: "Program | None" = None
+    split: int = 1
 
     @property
     def times(self) -> int:

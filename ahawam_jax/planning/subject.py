@@ -88,9 +88,9 @@ def make_subject(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Subject:
 
 
 def trace(subject: Subject) -> Any:
-    """The step's ClosedJaxpr, arguments and results in the order of the flattened trees, and its abstract result."""
+    """The step's ClosedJaxpr, arguments and results in the order of the flattened trees."""
     with sharding.activation_rules(subject.mesh):
-        return jax.make_jaxpr(subject.function, return_shape=True)(*subject.arguments)
+        return jax.make_jaxpr(subject.function)(*subject.arguments)
 
 
 def _batch(config: ConfigDict, model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,0 +1,133 @@
+"""Everything `ahawam plan` says of one configuration on one cluster, as numbers."""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ahawam_jax.planning import flops
+from ahawam_jax.planning.devices import MATRIX, STEP, USABLE, Cluster
+from ahawam_jax.planning.layout import lay_out, spec_of
+from ahawam_jax.planning.memory import temporaries
+from ahawam_jax.planning.program import Program, read
+from ahawam_jax.planning.subject import Subject, abstract_mesh, make_subject, trace
+from ahawam_jax.planning.traffic import Traffic, traffic
+from ahawam_jax.training.sharding import MESH_AXES
+
+PARTS = ((r"\.params", "parameters"), (r"\.mu", "first moments"), (r"\.nu", "second moments"), (r"\.ema", "average"))
+WAITING = 16  # batches that the loader of a large host keeps ready
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one step: bytes on one device, operations of all devices together, seconds."""
+
+    subject: Subject
+    cluster: Cluster
+    state: dict[str, tuple[int, float]]  # parts of the state: bytes on a device, and if nothing lay there twice
+    batch_bytes: int  # the batch and the frozen tower, on a device
+    temporary: int  # the most that is alive at once besides
+    fullest: str  # where that is
+    operations: Counter[tuple[str, str]]  # floating point, by component and pass
+    per_device: float  # of these, what one device computes: more than its share where work is done twice
+    traffic: list[Traffic]
+
+    @property
+    def memory(self) -> int:
+        """Bytes on a device at the fullest moment."""
+        return sum(here for here, _ in self.state.values()) + self.batch_bytes + self.temporary
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is what a device can hold."""
+        return self.memory <= USABLE * self.cluster.device.memory
+
+    @property
+    def model_operations(self) -> int:
+        """Forward and backward pass once, without frozen towers: what MFU counts."""
+        return sum(n for (part, way), n in self.operations.items() if way != "remat" and part != "VAE")
+
+    @property
+    def arithmetic(self) -> float:
+        """Seconds of arithmetic at the rate that whole steps reach."""
+        return self.per_device / (STEP * self.cluster.device.flops)
+
+    @property
+    def communication(self) -> float:
+        """Seconds of traffic."""
+        return sum(row.seconds(self.cluster) for row in self.traffic)
+
+    @property
+    def seconds(self) -> float:
+        """Expected of a step: the larger of the two, as they overlap."""
+        return max(self.arithmetic, self.communication)
+
+    @property
+    def floor(self) -> float:
+        """Seconds of a step that does nothing but large matrix products, or wait for its traffic."""
+        return max(self.per_device / (MATRIX * self.cluster.device.flops), self.communication)
+
+    def mfu(self, seconds: float) -> float:
+        """Share of the peak that a step of so many seconds makes of the model's own operations."""
+        return self.model_operations / (seconds * self.cluster.devices * self.cluster.device.flops)
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of a host for batches that wait for their step."""
+        batch = sum(math.prod(x.shape) * x.dtype.itemsize for x in self.subject.batch.values())
+        return WAITING * batch // self.cluster.hosts
+
+    @property
+    def checkpoint(self) -> tuple[int, int]:
+        """Bytes on disk of all that a run resumes from, and of the parameters to deploy."""
+        state = self.subject.state
+        return _bytes(state), _bytes(state.deploy)
+
+
+def estimate(config: ConfigDict, cluster: Cluster) -> Estimate:
+    """Traces the step and takes it apart. Allocates nothing; ValueError for what does not fit together."""
+    subject = make_subject(config, abstract_mesh(cluster.sizes))
+    return assess(subject, cluster, read(trace(subject)))
+
+
+def assess(subject: Subject, cluster: Cluster, program: Program) -> Estimate:
+    """What a step that was read already costs on a cluster."""
+    sizes = dict(zip(MESH_AXES, cluster.sizes, strict=True))
+    arguments = jax.tree.leaves(subject.arguments)
+    state = jax.tree.leaves(subject.state)
+    inputs = [spec_of(x.sharding.spec, len(x.shape)) for x in arguments]
+    others = len(program.outputs) - len(state)
+    found = lay_out(
+        program, inputs, [*inputs[: len(state)], *[None] * others], sizes,
+        [i < len(state) for i in range(len(arguments))],
+    )  # fmt: skip
+    peak = temporaries(program, found, sizes, len(state))
+    return Estimate(
+        subject, cluster, _state(subject, sizes),
+        sum(_local(x) for x in arguments[len(state) :]), peak.bytes,
+        f"{flops.component(peak.at)} {flops.which_pass(peak.at)}" if peak.at else "", flops.count(program),
+        flops.on_device(program), traffic(found, cluster),
+    )  # fmt: skip
+
+
+def _state(subject: Subject, sizes: dict[str, int]) -> dict[str, tuple[int, float]]:
+    """By part of the state."""
+    split, parts = sizes["fsdp"] * sizes["tensor"], {}
+    for path, x in jax.tree_util.tree_leaves_with_path(subject.state):
+        name = next((name for pattern, name in PARTS if re.search(pattern, jax.tree_util.keystr(path))), "counters")
+        here, ideal = parts.get(name, (0, 0.0))
+        parts[name] = (here + _local(x), ideal + _bytes(x) / split)
+    return {name: of_part for name, of_part in parts.items() if name != "counters"}
+
+
+def _local(x: Any) -> int:
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
