@@ -32,6 +32,7 @@ COMMANDS = {
     "convert": Command("data", f"{_COMMANDS}.convert", "datasets to ArrayRecord shards for TFDS and grain", "tfds"),
     "encode-text": Command("data", f"{_COMMANDS}.encode_text", "instructions through umT5, once, into a cache"),
     "encode-video": Command("data", f"{_COMMANDS}.encode_video", "frames through the VAE, once, into a cache"),
+    "plan": Command("train", f"{_COMMANDS}.plan", "memory, traffic and time of a run on a cluster, before it"),
     "train": Command("train", f"{_COMMANDS}.train", "train, or go on where a run was stopped"),
     "demo": Command("train", f"{_COMMANDS}.demo", "record, train and evaluate the demo in one go", "sim"),
     "import-weights": Command("train", f"{_COMMANDS}.import_weights", "a release or Wan2.2 as a run to start from"),

@@ -26,10 +26,11 @@ AHAWAM = {
     "checkpoints": {"weights", "checkpoint_files"},
     "inference": {"models", "sampling", "weights", "towers", "checkpoints"},
     "training": {"models", "flow_matching", "sampling", "weights", "towers", "checkpoint_files", "checkpoints"},
+    "planning": {"models", "towers", "training"},
     "verification": {"models", "flow_matching", "sampling", "weights", "towers", "training"},
     "evaluation": {"inference"},
     "commands": {
-        "models", "sampling", "weights", "towers", "checkpoints", "inference", "training", "verification",
+        "models", "sampling", "weights", "towers", "checkpoints", "inference", "training", "planning", "verification",
         "evaluation",
     },
     "__main__": set(),

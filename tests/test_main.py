@@ -152,6 +152,7 @@ ADDRESSED = {
     "convert": ["--dataset=x", "--out=ADDRESS"],
     "encode-text": ["--weights=x", "--tokenizer=x", "--cache=x", "--dataset", "x", "ADDRESS"],
     "encode-video": ["--config=tests/tiny_config.py", "--config.data.latents=ADDRESS"],
+    "plan": ["--config=tests/tiny_config.py", "--mesh=1x1x1", "--config.data.latents=ADDRESS"],
     "train": ["--config=tests/tiny_config.py", "--workdir=ADDRESS"],
     "demo": ["--config=tests/tiny_config.py", "--workdir=x", "--config.data.path=ADDRESS"],
     "import-weights": ["--config=tests/tiny_config.py", "--workdir=ADDRESS", "--source=x"],
@@ -168,7 +169,10 @@ ADDRESSED = {
     "evaluate-export": ["ADDRESS"],
 }
 
-ABSL = {f"ahawam_jax.commands.{name}" for name in ("encode_video", "train", "demo", "import_weights", "inspect")}
+ABSL = {
+    f"ahawam_jax.commands.{name}"
+    for name in ("encode_video", "plan", "train", "demo", "import_weights", "inspect")
+}
 
 
 @flagsaver.flagsaver

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.core.meta import AxisMetadata
 from ml_collections import ConfigDict
 
 from ahawam_jax.planning import flops
@@ -17,7 +18,7 @@ from ahawam_jax.planning.memory import temporaries
 from ahawam_jax.planning.program import Program, read
 from ahawam_jax.planning.subject import Subject, abstract_mesh, make_subject, trace
 from ahawam_jax.planning.traffic import Traffic, traffic
-from ahawam_jax.training.sharding import MESH_AXES
+from ahawam_jax.training.sharding import MESH_AXES, bytes_per_device
 
 PARTS = ((r"\.params", "parameters"), (r"\.mu", "first moments"), (r"\.nu", "second moments"), (r"\.ema", "average"))
 WAITING = 16  # batches that the loader of a large host keeps ready
@@ -108,21 +109,22 @@ def assess(subject: Subject, cluster: Cluster, program: Program) -> Estimate:
     )  # fmt: skip
     peak = temporaries(program, found, sizes, len(state))
     return Estimate(
-        subject, cluster, _state(subject, sizes),
+        subject, cluster, _state(subject),
         sum(_local(x) for x in arguments[len(state) :]), peak.bytes,
         f"{flops.component(peak.at)} {flops.which_pass(peak.at)}" if peak.at else "", flops.count(program),
         flops.on_device(program), traffic(found, cluster),
     )  # fmt: skip
 
 
-def _state(subject: Subject, sizes: dict[str, int]) -> dict[str, tuple[int, float]]:
+def _state(subject: Subject) -> dict[str, tuple[int, float]]:
     """By part of the state."""
-    split, parts = sizes["fsdp"] * sizes["tensor"], {}
-    for path, x in jax.tree_util.tree_leaves_with_path(subject.state):
-        name = next((name for pattern, name in PARTS if re.search(pattern, jax.tree_util.keystr(path))), "counters")
-        here, ideal = parts.get(name, (0, 0.0))
-        parts[name] = (here + _local(x), ideal + _bytes(x) / split)
-    return {name: of_part for name, of_part in parts.items() if name != "counters"}
+    parts: dict[str, list[Any]] = {}
+    leaves = jax.tree_util.tree_leaves_with_path(subject.boxed, is_leaf=lambda x: isinstance(x, AxisMetadata))
+    for path, leaf in leaves:
+        name = next((name for pattern, name in PARTS if re.search(pattern, jax.tree_util.keystr(path))), None)
+        if name:
+            parts.setdefault(name, []).append(leaf)
+    return {name: bytes_per_device(leaves, subject.mesh) for name, leaves in parts.items()}
 
 
 def _local(x: Any) -> int:

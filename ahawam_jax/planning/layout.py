@@ -126,7 +126,7 @@ def _backwards(op: Op, operand: Value, result: Value) -> Spec | None:
 
 # ------------------------------------------------------------------------------------------------------ layouts
 def _reshaped(spec: Spec, old: tuple[int, ...], new: tuple[int, ...]) -> Spec:
-    """Layout after a reshape: what is split stays split in the dimension that its pieces become the largest part of."""
+    """Layout after a reshape: what is split stays split, in the first dimension that its own becomes part of."""
     out: list[tuple[str, ...]] = [()] * len(new)
     i = j = 0
     while i < len(old) and j < len(new):
@@ -329,6 +329,9 @@ class _Layout:
                 self._gathered = {key for key in self._gathered if key[0] is not body}
                 self.run(body, times * op.times)
         self.program, self.times = outer, times
+        for given, inner in zip(op.inputs[: first + count], body.inputs, strict=False):
+            if inner.spec is not None:  # its readers have decided
+                _settle(given, inner.spec)
         for i, (value, inner) in enumerate(zip(op.outputs, body.outputs, strict=True)):
             value.spec = inner.spec if i < count or inner.spec is None else ((), *inner.spec)
 
@@ -349,7 +352,8 @@ def _settle(value: Value, spec: Spec) -> None:
     """Gives a layout to a value without one, and to what it is made of."""
     while value.spec is None and len(value.shape) == len(spec):
         value.spec = spec
-        same = [x for x in value.producer.inputs if x.spec is None and x.shape == value.shape] if value.producer else []
+        inputs = value.producer.inputs if value.producer else []
+        same = [x for x in inputs if x.spec is None and x.shape == value.shape]
         for other in same[1:]:
             _settle(other, spec)
         if not same:

@@ -2,8 +2,9 @@
 
 What XLA does to a program is modelled by few rules. Elementwise operations, broadcasts and the like take no memory:
 they are computed where they are read, so that what they are made of stays alive until then. Matrix products, sums,
-loops and whatever a matrix product reads are arrays in memory. A gathered weight is there from its first to its last
-reader. A loop holds its results whole from its beginning, and the most that one pass of its body needs.
+loops and whatever a matrix product or a loop reads are arrays in memory. A gathered weight is there from its first to
+its last reader. What depends on no loop is computed before the first, what depends on the first before the second, and
+so on. What a loop stacks up is an array of zeros from the very beginning, as XLA fills it before all loops.
 """
 
 import dataclasses
@@ -48,6 +49,7 @@ class _Memory:
 
     def peak(self, program: Program, free: set[Value]) -> Peak:
         """Of one run of a program; `free`: values that take no memory of their own."""
+        program = Program(program.inputs, program.outputs, _order(program))
         stored = _stored(program)
         roots: dict[Value, frozenset[Value]] = {value: frozenset() for value in program.inputs}
         made: dict[Value, int] = {}  # stored values: the operation after which they are there
@@ -57,7 +59,8 @@ class _Memory:
             reads = frozenset().union(*(roots.get(value, frozenset()) for value in op.inputs))
             for value in op.outputs:
                 if value in stored:
-                    roots[value], made[value] = frozenset((value,)), at
+                    early = op.body is not None and value not in op.outputs[: op.carries]
+                    roots[value], made[value] = frozenset((value,)), 0 if early else at
                     last.update(dict.fromkeys(reads, at))
                     last[value] = at
                 else:
@@ -95,18 +98,24 @@ class _Memory:
         return Peak(max((one.bytes for one in scattered), default=0), op)
 
 
+def _order(program: Program) -> list[Op]:
+    """Operations by the number of loops that must run before them; a loop comes after all that could do without it."""
+    depth: dict[Value, int] = {}
+    level: dict[Op, int] = {}
+    for op in program.ops:
+        level[op] = max((depth.get(value, 0) for value in op.inputs), default=0)
+        depth.update(dict.fromkeys(op.outputs, level[op] + (op.body is not None)))
+    return sorted(program.ops, key=lambda op: (level[op], op.body is not None))
+
+
 def _stored(program: Program) -> set[Value]:
     """The values that are arrays in memory."""
     stored = {value for op in program.ops if op.name in IN_MEMORY or op.name in REDUCED for value in op.outputs}
     must = [value for op in program.ops if op.name in IN_MEMORY for value in op.inputs] + program.outputs
-    constant: set[Value] = set()
-    for op in program.ops:
-        if all(value in constant or value.producer is None and not value.shape for value in op.inputs):
-            constant.update(op.outputs)
     for value in must:
         while value.producer is not None and value.producer.name in VIEWS:
             value = value.producer.inputs[0]
-        if value.producer is not None and value not in constant:
+        if value.producer is not None:
             stored.add(value)
     return stored
 

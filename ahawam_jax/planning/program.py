@@ -1,4 +1,4 @@
-"""A jaxpr as a list of operations to walk: calls inlined, what nobody reads removed, loops with a body of their own."""
+"""A jaxpr as operations to walk: calls inlined, what nobody reads removed, loops with a body of their own."""
 
 import dataclasses
 from typing import Any

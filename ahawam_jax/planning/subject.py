@@ -27,13 +27,15 @@ NOMINAL_STEPS = 100_000  # of a run whose length is given in epochs: the schedul
 class Subject:
     """A step and what it is called with; nothing is allocated.
 
-    arguments: state, batch, tower, key as ShapeDtypeStructs with shardings.  layout: shardings of the state.
+    boxed: the abstract TrainState with its logical axes.  arguments: state, batch, tower, key as ShapeDtypeStructs
+    with shardings.  layout: shardings of the state.
     """
 
     config: ConfigDict
     model: ModelConfig
     mesh: Mesh | AbstractMesh
     function: Callable[..., Any]
+    boxed: Any
     arguments: tuple[Any, Batch, Any, Any]
     layout: Any
 
@@ -84,7 +86,7 @@ def make_subject(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Subject:
 
     batch, tower = _batch(config, model), _tower(config, model)
     arguments = (sharding.abstract(boxed, mesh), placed(batch, rows), placed(tower, whole), placed(key, whole))
-    return Subject(config, model, mesh, step, arguments, sharding.shardings(boxed, mesh))
+    return Subject(config, model, mesh, step, boxed, arguments, sharding.shardings(boxed, mesh))
 
 
 def trace(subject: Subject) -> Any:

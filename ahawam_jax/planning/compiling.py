@@ -1,0 +1,173 @@
+"""The step compiled for devices that are not here, and what the compiler says of it beside the estimate."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from ahawam_jax.planning.devices import Cluster
+from ahawam_jax.planning.subject import make_subject
+from ahawam_jax.training import sharding
+from ahawam_jax.training.collectives import KINDS, Collective, collectives
+
+# What XLA asks of a GPU. {capability, cores, shared memory of a core and of a block, cache, clock, arithmetic units}
+GPUS = {
+    "h100": ("9", "0", 132, 233472, 232448, 52428800, 1.98, 128),
+    "h200": ("9", "0", 132, 233472, 232448, 52428800, 1.98, 128),
+    "a100": ("8", "0", 108, 167936, 166912, 41943040, 1.41, 64),
+}
+TPUS = {"v5p": ("v5p", 3, 1), "v6e": ("v6e", 2, 1), "v7x": ("tpu7x", 3, 2)}  # name, dimensions, devices of a chip
+
+INSTALL_CUDA = (
+    "--compile for CUDA needs XLA's plug-in and assembler, but no GPU: pip install --no-deps jax-cuda12-plugin=={jax} "
+    "jax-cuda12-pjrt=={jax} nvidia-cuda-nvcc-cu12, or with --target FOLDER and then PYTHONPATH=FOLDER, where this "
+    "environment is to stay as it is."
+)
+INSTALL_TPU = "--compile for TPUs needs libtpu, but no TPU: pip install libtpu (of jax[tpu]=={jax})."
+
+
+class PlugInError(ValueError):
+    """The compiler for a device is not installed; the message says how to get it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a step. Bytes on one device."""
+
+    seconds: float  # that compiling took
+    arguments: int
+    temporaries: int
+    peak: int
+    collectives: list[Collective]
+
+    def by_kind(self) -> Counter[str]:
+        """Bytes of whole arrays in one step, without groups of one device."""
+        total: Counter[str] = Counter()
+        for one in self.collectives:
+            if one.kind != KINDS[-1] and len(one.groups[0]) > 1:
+                total[one.kind] += one.bytes
+        return total
+
+
+def compile_step(config: ConfigDict, cluster: Cluster) -> Compiled:
+    """Compiles the step of a config for a cluster. Takes a minute or two at any depth, TPUs longer.
+
+    Raises PlugInError where the compiler is missing, ValueError where it refuses the program.
+    """
+    began = time.monotonic()
+    with _environment(cluster):
+        devices = _devices(cluster)
+        mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, cluster.sizes, strict=True)), devices)
+        subject = make_subject(config, mesh)
+        results = (subject.layout, sharding.replicated(mesh))
+        try:
+            with sharding.activation_rules(mesh):
+                step = jax.jit(subject.function, donate_argnums=0, out_shardings=results)
+                compiled = step.lower(*subject.arguments).compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(f"The compiler for {cluster.device.name} refuses the step: {error}") from error
+    memory = compiled.memory_analysis()
+    return Compiled(
+        time.monotonic() - began, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
+        memory.peak_memory_in_bytes, collectives(compiled.as_text()),
+    )  # fmt: skip
+
+
+@contextmanager
+def _environment(cluster: Cluster) -> Iterator[None]:
+    """Inside, what the compilers read from the environment when they are loaded."""
+    added = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    if cluster.device.platform == "cuda":
+        nvcc = _folder("nvidia.cuda_nvcc")
+        if nvcc is None or _folder("jax_cuda12_plugin") is None:
+            raise PlugInError(INSTALL_CUDA.format(jax=jax.__version__))
+        flags = f"--xla_gpu_cuda_data_dir={nvcc} --xla_gpu_enable_triton_gemm=false"
+        added = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
+                 "PATH": f"{nvcc}/bin:{os.environ['PATH']}"}  # fmt: skip
+    elif (library := _folder("libtpu")) is not None:
+        added["TPU_LIBRARY_PATH"] = str(library / "libtpu.so")
+    elif "TPU_LIBRARY_PATH" not in os.environ:
+        raise PlugInError(INSTALL_TPU.format(jax=jax.__version__))
+    before = {name: os.environ.get(name) for name in added}
+    os.environ |= added
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _folder(module: str) -> Path | None:
+    """Where a package lies, without importing it."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+
+
+def _devices(cluster: Cluster) -> list[jax.Device]:
+    device = cluster.device
+    if device.platform == "cuda":
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name=device.name, target_config=_target(cluster),
+            topology=f"1x{cluster.hosts}x{cluster.per_host}",
+        )  # fmt: skip
+    else:
+        name, rank, per_chip = TPUS[device.name]
+        shape = "x".join(map(str, slice_shape(cluster.devices // per_chip, rank)))
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}")
+    return list(topology.devices)
+
+
+def slice_shape(chips: int, rank: int) -> tuple[int, ...]:
+    """The most cubic slice of so many chips, a power of two: 64 in three dimensions are 4x4x4."""
+    bits = chips.bit_length() - 1
+    if chips != 1 << bits or bits < 2:
+        raise ValueError(f"A TPU slice of {chips} chips does not exist; expected 4, 8, 16 and so on.")
+    if rank == 3 and bits == 2:
+        return (2, 2, 1)
+    return tuple(sorted(2 ** (bits // rank + (i < bits % rank)) for i in range(rank)))
+
+
+def _target(cluster: Cluster) -> str:
+    """XLA's description of a GPU."""
+    major, minor, cores, shared, block, cache, clock, units = GPUS[cluster.device.name]
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {shared}
+  threads_per_core_limit: 2048
+  core_count: {cores}
+  fpus_per_core: {units}
+  block_dim_limit_x: {2**31 - 1}
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {math.floor(cluster.device.bandwidth)}
+  l2_cache_size: {cache}
+  clock_rate_ghz: {clock}
+  device_memory_size: {cluster.device.memory}
+  shared_memory_per_block_optin: {block}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+runtime_version {{ major: 12 minor: 9 patch: 0 }}
+device_description_str: "NVIDIA {cluster.device.name.upper()}"
+"""

@@ -1,0 +1,56 @@
+"""Which meshes, rematerialisation and microbatches a cluster can train with, the fastest first."""
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from ahawam_jax.models.config import REMAT_POLICIES
+from ahawam_jax.planning.devices import Cluster
+from ahawam_jax.planning.estimate import Estimate, assess
+from ahawam_jax.planning.program import Program, read
+from ahawam_jax.planning.subject import Subject, abstract_mesh, make_subject, trace
+from data_pipelines.progress import Progress
+
+MICROBATCHES = (1, 2, 4, 8)
+
+
+def search(config: ConfigDict, cluster: Cluster) -> list[Estimate]:
+    """Every layout of the cluster's devices that fits its memory, by expected time.
+
+    Of the microbatches of a mesh and a remat the fewest that fit: more of them only gather weights more often.
+    """
+    found, fit = [], set()
+    meshes = list(_meshes(cluster, config))
+    progress = Progress(len(MICROBATCHES) * len(REMAT_POLICIES) * len(meshes), "layouts")
+    for accumulate, remat in itertools.product(MICROBATCHES, REMAT_POLICIES):
+        changed = copy.deepcopy(config)
+        changed.model.remat, changed.optimizer.accumulate = remat, accumulate
+        program: Program | None = None
+        for sizes in meshes:
+            progress.add("x".join(map(str, sizes)))
+            if (sizes, remat) in fit or config.data.batch_size % (sizes[0] * sizes[1] * accumulate):
+                continue
+            subject = make_subject(changed, abstract_mesh(sizes))
+            program = program or _read_for_any_mesh(subject)
+            one = assess(subject, dataclasses.replace(cluster, sizes=sizes), program)
+            if one.fits:
+                found.append(one)
+                fit.add((sizes, remat))
+    return sorted(found, key=lambda one: (one.seconds, one.memory))
+
+
+def _read_for_any_mesh(subject: Subject) -> Program:
+    """The program with its constraints as written: on a mesh of one device no axis is dropped for not dividing."""
+    return read(trace(dataclasses.replace(subject, mesh=abstract_mesh((1, 1, 1)))))
+
+
+def _meshes(cluster: Cluster, config: ConfigDict) -> Iterator[tuple[int, int, int]]:
+    """(data, fsdp, tensor) of so many devices; tensor within a host, where it splits the heads."""
+    count = cluster.devices
+    for tensor in (n for n in range(1, cluster.per_host + 1) if count % n == 0):
+        if config.model.num_heads % tensor == 0 and cluster.per_host % tensor == 0:
+            rest = count // tensor
+            yield from ((rest // fsdp, fsdp, tensor) for fsdp in range(1, rest + 1) if rest % fsdp == 0)
