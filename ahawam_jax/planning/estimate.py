@@ -51,7 +51,7 @@ class Estimate:
     @property
     def model_operations(self) -> int:
         """Forward and backward pass once, without frozen towers: what MFU counts."""
-        return sum(n for (part, way), n in self.operations.items() if way != "remat" and part != "VAE")
+        return sum(n for (part, way), n in self.operations.items() if way != "remat" and part not in flops.TOWERS)
 
     @property
     def arithmetic(self) -> float:

@@ -20,6 +20,7 @@ COMPONENTS = (
     ("executor", r"executor|AhaWam\.act"),
     ("VAE", r"Vae|vae|encode"),
 )
+TOWERS = ("VAE", "other")  # what is frozen, and not of the model
 PASSES = ("forward", "remat", "backward")
 
 

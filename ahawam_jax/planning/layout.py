@@ -128,6 +128,8 @@ def _backwards(op: Op, operand: Value, result: Value) -> Spec | None:
 def _reshaped(spec: Spec, old: tuple[int, ...], new: tuple[int, ...]) -> Spec:
     """Layout after a reshape: what is split stays split, in the first dimension that its own becomes part of."""
     out: list[tuple[str, ...]] = [()] * len(new)
+    if math.prod(old) == 0:
+        return tuple(out)
     i = j = 0
     while i < len(old) and j < len(new):
         first_i, first_j, left, right = i, j, old[i], new[j]

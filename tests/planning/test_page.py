@@ -1,0 +1,102 @@
+"""The page, the ranking and the command, for the tiny configuration."""
+
+import dataclasses
+import re
+
+import pytest
+from absl.testing import flagsaver
+
+from ahawam_jax import __main__ as door
+from ahawam_jax.planning import compiling
+from ahawam_jax.planning.compiling import Compiled, PlugInError, compile_step
+from ahawam_jax.planning.devices import Cluster, make_cluster
+from ahawam_jax.planning.estimate import Estimate, estimate
+from ahawam_jax.planning.page import beside, page, ranking
+from ahawam_jax.planning.search import search
+from ahawam_jax.training.collectives import Collective
+from tests.planning.steps import get_config
+
+
+def small(cluster: Cluster, memory: int) -> Cluster:
+    """The same cluster of devices with so many bytes."""
+    return dataclasses.replace(cluster, device=dataclasses.replace(cluster.device, memory=memory))
+
+
+@pytest.fixture(scope="module")
+def one() -> Estimate:
+    return estimate(get_config(), make_cluster("h100", "2x4x1", 2))
+
+
+def test_the_page_adds_up(one: Estimate) -> None:
+    text = page(one)
+    assert text.startswith("8 h100 (2 hosts of 4); mesh 2x4x1 (data x fsdp x tensor), batch 8 = 1 samples a device")
+    for title in ("State", "Memory", "Arithmetic", "Traffic", "Time", "Disk and host"):
+        assert f"\n\n{title}" in text
+    assert "Every parameter above 1M elements is split" in text and "fits: 0%" in text
+    assert re.search(r"all-gather +fsdp: 4 on 1 host ", text) and re.search(r"all-reduce +data: 2 on 2 hosts ", text)
+    assert max(map(len, text.splitlines())) < 120
+    # All leaves but the counters of steps lie split or whole: three like the parameters.
+    assert {*one.state} == {"parameters", "first moments", "second moments"}
+    assert len({here for here, _ in one.state.values()}) == 1
+    assert one.memory == sum(here for here, _ in one.state.values()) + one.batch_bytes + one.temporary
+    assert one.seconds == max(one.arithmetic, one.communication) >= one.floor
+    assert one.mfu(one.seconds) < one.mfu(one.floor) <= 0.78
+
+
+def test_what_does_not_fit_is_said(one: Estimate) -> None:
+    tight = dataclasses.replace(one, cluster=small(one.cluster, one.memory))
+    assert "DOES NOT FIT: 100% of" in page(tight)
+
+
+def test_the_ranking_is_of_what_fits(one: Estimate) -> None:
+    cluster = make_cluster("h100", "1x8x1", 1)
+    found = search(get_config(), cluster)
+    assert [a.seconds for a in found] == sorted(a.seconds for a in found)
+    layouts = [(a.cluster.sizes, a.subject.model.remat) for a in found]
+    assert len(layouts) == len({*layouts}) and {a.cluster.devices for a in found} == {8}
+    assert {a.subject.config.optimizer.accumulate for a in found} == {1}
+    # A search finds what an estimate of the same mesh says.
+    same = next(a for a in found if a.cluster.sizes == (2, 4, 1) and a.subject.model.remat == "full")
+    assert (same.memory, same.traffic, same.per_device) == (one.memory, found_alone(one).traffic, one.per_device)
+    assert "Layouts of 8 h100 (1 host) that fit, the fastest first" in ranking(found, cluster)
+    assert search(get_config(), small(cluster, 1000)) == []
+    assert "No mesh of 8 h100 (1 host) holds a step" in ranking([], cluster)
+
+
+def found_alone(one: Estimate) -> Estimate:
+    """The same on one host."""
+    return estimate(one.subject.config, make_cluster("h100", "2x4x1", 1))
+
+
+def test_beside_the_compiler(one: Estimate) -> None:
+    gather = Collective("all-gather", (("bf16", 2**29),), 4, ((0, 1), (2, 3)), "")
+    alone = Collective("all-reduce", (("f32", 2**30),), 1, ((0,), (1,)), "")
+    text = beside(one, Compiled(61.0, 3 * 2**30, 2**30, 4 * 2**30, [gather, alone]))
+    assert "in 61 s" in text and re.search(r"peak +\d+\.\d\d +4\.00 ", text)
+    assert re.search(r"all-gather +0\.00 +2\.00 ", text) and "all-reduce" not in text
+
+
+@pytest.mark.parametrize(("device", "way"), [("h100", "pip install --no-deps jax-cuda12-plugin=="), ("v5p", "libtpu")])
+def test_a_missing_compiler_is_a_sentence(device: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_folder", lambda module: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(PlugInError, match=way):
+        compile_step(get_config(), make_cluster(device, "1x4x1", 1))
+
+
+@flagsaver.flagsaver
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--config=tests/planning/steps.py"]
+    for flags, said in (
+        ([], "--mesh is required"),
+        (["--mesh=1x8x1", "--hosts=3"], "3 hosts cannot share evenly"),
+        (["--mesh=1x16x1"], "config.data.batch_size 8 must be a multiple of mesh data * fsdp * accumulate = 16"),
+        (["--mesh=1x2x1", "--config.model.remat=some"], "remat is 'some'; expected one of none, dots, full"),
+        (["--mesh=1x2x1", "--config.model.num_layer=3"], "the flags do not fit the config"),
+    ):
+        with pytest.raises(SystemExit) as stop, flagsaver.flagsaver():
+            door.main([*arguments, *flags])
+        assert said in str(stop.value.code)
+    with pytest.raises(SystemExit) as stop, flagsaver.flagsaver():
+        door.main([*arguments, "--mesh=1x8x1", "--device=v5p"])
+    assert not stop.value.code and capsys.readouterr().out.startswith("8 v5p (2 hosts of 4); mesh 1x8x1")
