@@ -4,11 +4,10 @@ Matrix products and convolutions are counted, two operations for each multiplica
 run. What XLA's `cost_analysis` says counts a loop's body once.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-
-import numpy as np
 
 from ahawam_jax.planning.program import Op, Program, Value
 
@@ -40,7 +39,7 @@ def flops(op: Op) -> float:
     """Of one operation on whole arrays."""
     if op.name == "dot_general":
         (left, _), _ = op.params["dimension_numbers"]
-        return 2.0 * op.outputs[0].size * np.prod([op.inputs[0].shape[axis] for axis in left])
+        return 2.0 * op.outputs[0].size * math.prod([op.inputs[0].shape[axis] for axis in left])
     if op.name == "conv_general_dilated":
         kernel: Value = op.inputs[1]
         outputs = kernel.shape[op.params["dimension_numbers"].rhs_spec[0]]

@@ -17,7 +17,7 @@ def page(one: Estimate) -> str:
     """All of an estimate."""
     config, model = one.subject.config, one.subject.model
     head = (
-        f"{_cluster(one.cluster)}; mesh {_mesh(one.cluster)} (data x fsdp x tensor), batch {config.data.batch_size} = "
+        f"{_cluster(one.cluster)}; mesh {_mesh(one.cluster)} (data x fsdp x tensor)\nbatch {config.data.batch_size} = "
         f"{one.subject.rows_per_device} samples a device"
         + (f" x {config.optimizer.accumulate} microbatches" if config.optimizer.accumulate > 1 else "")
         + f", remat {model.remat}, {model.num_layers} layers, compute {model.dtype}"

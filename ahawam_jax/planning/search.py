@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from ahawam_jax.models.config import REMAT_POLICIES
 from ahawam_jax.planning.devices import Cluster
 from ahawam_jax.planning.estimate import Estimate, assess
-from ahawam_jax.planning.program import Program, read
-from ahawam_jax.planning.subject import Subject, abstract_mesh, make_subject, trace
+from ahawam_jax.planning.program import read
+from ahawam_jax.planning.subject import abstract_mesh, make_subject, trace
 from data_pipelines.progress import Progress
 
 MICROBATCHES = (1, 2, 4, 8)
@@ -28,23 +28,23 @@ def search(config: ConfigDict, cluster: Cluster) -> list[Estimate]:
     for accumulate, remat in itertools.product(MICROBATCHES, REMAT_POLICIES):
         changed = copy.deepcopy(config)
         changed.model.remat, changed.optimizer.accumulate = remat, accumulate
-        program: Program | None = None
-        for sizes in meshes:
-            progress.add("x".join(map(str, sizes)))
-            if (sizes, remat) in fit or config.data.batch_size % (sizes[0] * sizes[1] * accumulate):
-                continue
-            subject = make_subject(changed, abstract_mesh(sizes))
-            program = program or _read_for_any_mesh(subject)
-            one = assess(subject, dataclasses.replace(cluster, sizes=sizes), program)
+        left = [
+            sizes for sizes in meshes
+            if (sizes, remat) not in fit and config.data.batch_size % (sizes[0] * sizes[1] * accumulate) == 0
+        ]  # fmt: skip
+        progress.add(f"remat {remat}, {accumulate} microbatches", len(meshes) - len(left))
+        if not left:
+            continue
+        # Where rows are split most, no constraint loses its axes for being of size 1: the program is that of any mesh.
+        subject = make_subject(changed, abstract_mesh(max(left, key=lambda sizes: sizes[0] * sizes[1])))
+        program = read(trace(subject))
+        for sizes in left:
+            one = assess(subject.on(abstract_mesh(sizes)), dataclasses.replace(cluster, sizes=sizes), program)
+            progress.add("x".join(map(str, sizes)), 1)
             if one.fits:
                 found.append(one)
                 fit.add((sizes, remat))
     return sorted(found, key=lambda one: (one.seconds, one.memory))
-
-
-def _read_for_any_mesh(subject: Subject) -> Program:
-    """The program with its constraints as written: on a mesh of one device no axis is dropped for not dividing."""
-    return read(trace(dataclasses.replace(subject, mesh=abstract_mesh((1, 1, 1)))))
 
 
 def _meshes(cluster: Cluster, config: ConfigDict) -> Iterator[tuple[int, int, int]]:

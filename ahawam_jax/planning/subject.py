@@ -39,6 +39,13 @@ class Subject:
     arguments: tuple[Any, Batch, Any, Any]
     layout: Any
 
+    def on(self, mesh: Mesh | AbstractMesh) -> "Subject":
+        """The same step on another mesh."""
+        _, batch, tower, key = self.arguments
+        arguments, layout = _place(self.boxed, batch, tower, key, mesh)
+        _check_batch(self.config, mesh)
+        return dataclasses.replace(self, mesh=mesh, arguments=arguments, layout=layout)
+
     @property
     def state(self) -> Any:
         """The abstract TrainState."""
@@ -68,31 +75,40 @@ def make_subject(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Subject:
     """
     model = ModelConfig.create(config.model)
     optimizer = OptimizerConfig(**config.optimizer)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * optimizer.accumulate
-    if config.data.batch_size % parts:
-        raise ValueError(
-            f"config.data.batch_size {config.data.batch_size} must be a multiple of mesh data * fsdp * accumulate = "
-            f"{parts}."
-        )
+    _check_batch(config, mesh)
     net = AhaWam(model)
     tx = make_optimizer(optimizer, config.train.steps or NOMINAL_STEPS)
     step = make_train_step(net, tx, ObjectiveConfig(**config.objective), optimizer)
     key = jax.eval_shape(lambda: jax.random.key(0))
     boxed = jax.eval_shape(lambda key: create_state(net, tx, key, optimizer.ema_decay > 0), key)
-    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-
-    def placed(tree: Any, where: jax.sharding.Sharding) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
-
-    batch, tower = _batch(config, model), _tower(config, model)
-    arguments = (sharding.abstract(boxed, mesh), placed(batch, rows), placed(tower, whole), placed(key, whole))
-    return Subject(config, model, mesh, step, boxed, arguments, sharding.shardings(boxed, mesh))
+    arguments, layout = _place(boxed, _batch(config, model), _tower(config, model), key, mesh)
+    return Subject(config, model, mesh, step, boxed, arguments, layout)
 
 
 def trace(subject: Subject) -> Any:
     """The step's ClosedJaxpr, arguments and results in the order of the flattened trees."""
     with sharding.activation_rules(subject.mesh):
         return jax.make_jaxpr(subject.function)(*subject.arguments)
+
+
+def _check_batch(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
+    if config.data.batch_size % parts:
+        raise ValueError(
+            f"config.data.batch_size {config.data.batch_size} must be a multiple of mesh data * fsdp * accumulate = "
+            f"{parts}."
+        )
+
+
+def _place(boxed: Any, batch: Any, tower: Any, key: Any, mesh: Mesh | AbstractMesh) -> tuple[tuple[Any, ...], Any]:
+    """Arguments laid out as in training, and the layout of the state."""
+
+    def placed(tree: Any, where: jax.sharding.Sharding) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    arguments = (sharding.abstract(boxed, mesh), placed(batch, rows), placed(tower, whole), placed(key, whole))
+    return arguments, sharding.shardings(boxed, mesh)
 
 
 def _batch(config: ConfigDict, model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:

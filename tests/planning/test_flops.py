@@ -48,7 +48,7 @@ def test_as_many_as_xla_counts_without_loops(function: Callable[..., jax.Array])
 def test_passes_and_components_have_names() -> None:
     subject = make_subject(get_config(), abstract_mesh((1, 1, 1)))
     found = flops.count(read(trace(subject)))
-    assert {name for name, _ in found} == {"history", "planner", "router", "executor", "other"}  # other: the stand-in for the VAE
+    assert {name for name, _ in found} == {"history", "planner", "router", "executor", "other"}  # the VAE's stand-in
     assert {way for name, way in found if name == "history"} == {"forward"}  # its gradient is stopped
     assert {way for name, way in found if name == "executor"} == set(flops.PASSES)
 
@@ -73,7 +73,7 @@ def test_planner_by_hand() -> None:
 
 
 def test_the_full_model() -> None:
-    """Operations of a sample at full size, as counted by hand when the model was measured: 24.6, without remat 21.0."""
+    """Operations of a sample at full size, as counted when the model was measured: 24.6, without remat 21.0."""
     config = robotwin.get_config()
     config.data.update(latents="cached", latent_clips=True, batch_size=1)
     found = flops.count(read(trace(make_subject(config, abstract_mesh((1, 1, 1))))))

@@ -20,7 +20,9 @@ SIZES = {"data": 2, "fsdp": 4, "tensor": 2}
 ROWS: Spec = (("data", "fsdp"), ())
 
 
-def derive(function: Callable, shapes: list[tuple[int, ...]], inputs: list[Spec], output: Spec | None) -> list[Collective]:
+def derive(
+    function: Callable, shapes: list[tuple[int, ...]], inputs: list[Spec], output: Spec | None
+) -> list[Collective]:
     """Collectives of a function whose arguments but the first are weights."""
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     program = read(jax.make_jaxpr(function)(*arguments))
@@ -77,7 +79,7 @@ def test_a_loop_gathers_its_weights_in_every_pass() -> None:
     assert brief(found) == [(GATHER, ("fsdp",), 8 * 8 * 4, 5)]
 
 
-@pytest.mark.parametrize("mesh", ["1x8x1", "2x4x1", "8x1x1", "1x4x2"])
+@pytest.mark.parametrize("mesh", ["2x4x1", "1x4x2"])
 def test_as_much_as_the_compiled_step_sends(mesh: str) -> None:
     """Bytes by group of the tiny step, compiled for eight devices of this machine.
 

@@ -1,6 +1,7 @@
 """The page, the ranking and the command, for the tiny configuration."""
 
 import dataclasses
+import importlib
 import re
 
 import pytest
@@ -29,7 +30,7 @@ def one() -> Estimate:
 
 def test_the_page_adds_up(one: Estimate) -> None:
     text = page(one)
-    assert text.startswith("8 h100 (2 hosts of 4); mesh 2x4x1 (data x fsdp x tensor), batch 8 = 1 samples a device")
+    assert text.startswith("8 h100 (2 hosts of 4); mesh 2x4x1 (data x fsdp x tensor)\nbatch 8 = 1 samples a device")
     for title in ("State", "Memory", "Arithmetic", "Traffic", "Time", "Disk and host"):
         assert f"\n\n{title}" in text
     assert "Every parameter above 1M elements is split" in text and "fits: 0%" in text
@@ -40,7 +41,7 @@ def test_the_page_adds_up(one: Estimate) -> None:
     assert len({here for here, _ in one.state.values()}) == 1
     assert one.memory == sum(here for here, _ in one.state.values()) + one.batch_bytes + one.temporary
     assert one.seconds == max(one.arithmetic, one.communication) >= one.floor
-    assert one.mfu(one.seconds) < one.mfu(one.floor) <= 0.78
+    assert one.mfu(one.seconds) <= one.mfu(one.floor) <= 0.78  # here traffic bounds both
 
 
 def test_what_does_not_fit_is_said(one: Estimate) -> None:
@@ -84,8 +85,8 @@ def test_a_missing_compiler_is_a_sentence(device: str, way: str, monkeypatch: py
         compile_step(get_config(), make_cluster(device, "1x4x1", 1))
 
 
-@flagsaver.flagsaver
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module(door.COMMANDS["plan"].module)  # flags that are defined here stay
     arguments = ["plan", "--config=tests/planning/steps.py"]
     for flags, said in (
         ([], "--mesh is required"),
@@ -94,9 +95,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--mesh=1x2x1", "--config.model.remat=some"], "remat is 'some'; expected one of none, dots, full"),
         (["--mesh=1x2x1", "--config.model.num_layer=3"], "the flags do not fit the config"),
     ):
-        with pytest.raises(SystemExit) as stop, flagsaver.flagsaver():
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
             door.main([*arguments, *flags])
         assert said in str(stop.value.code)
-    with pytest.raises(SystemExit) as stop, flagsaver.flagsaver():
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
         door.main([*arguments, "--mesh=1x8x1", "--device=v5p"])
     assert not stop.value.code and capsys.readouterr().out.startswith("8 v5p (2 hosts of 4); mesh 1x8x1")
