@@ -41,7 +41,8 @@ def get_config() -> ConfigDict:
         weight_decay=1e-2, clip_norm=1.0, ema_decay=0.0, accumulate=1,
     ))  # fmt: skip
 
-    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    # Parameters are split over the devices of a host and copied between hosts, if a host holds the state.
+    config.mesh = ConfigDict(dict(data=-1, fsdp=-1, tensor=1))
     config.train = ConfigDict(dict(
         steps=60_000, epochs=0.0, log_every=20, validate_every=2000, checkpoint_every=2000, checkpoint_minutes=30.0,
         keep=3, max_bad_steps=10,

@@ -148,7 +148,8 @@ def _train(config: ConfigDict, workdir: Path, owner: Owner | None, accept_change
         if before:
             check_length(before, config.train.steps, optimizer)
         write_config(workdir, asked, checkpoints.safe)
-    hosts.agree({"steps": config.train.steps, "newest checkpoint": checkpoints.latest, **data.sums})
+    found = {"mesh": sharding.describe_mesh(mesh), "newest checkpoint": checkpoints.latest, **data.sums}
+    hosts.agree({"steps": config.train.steps, **found})
 
     tx = make_optimizer(optimizer, config.train.steps)
     key = jax.random.key(config.seed)

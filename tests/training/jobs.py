@@ -28,7 +28,7 @@ def start_job(processes: int, devices: int, *arguments: str, **environment: str)
     ]  # fmt: skip
 
 
-def finish_job(job: list[subprocess.Popen], seconds: float = 300) -> list[tuple[int, str]]:
+def finish_job(job: list[subprocess.Popen], seconds: float = 600) -> list[tuple[int, str]]:
     """Exit status and output of every process. None is left behind."""
     try:
         outputs = [process.communicate(timeout=seconds)[0] for process in job]
