@@ -133,12 +133,13 @@ def compute_by_robot(datasets: Iterable[Episodes], how: Normalization = RELEASED
     return {robot: _compute(group, how) for robot, group in groups.items()}
 
 
-def grippers_unlike(robot: str, number: str, ranges: Mapping[str, tuple[float, float]]) -> str:
-    """What is wrong with a gripper's (least, greatest) value in the datasets of a robot, by folder; "" for nothing.
+def grippers_unlike(robot: str, number: str, ranges: Mapping[str, tuple[float, float, float]]) -> str:
+    """What is wrong with a gripper's (least, greatest value, standard deviation) in the datasets of a robot, by
+    folder; "" for nothing.
 
     Those in which it does not move tell no unit.
     """
-    moving = {name: ends for name, ends in ranges.items() if gripper_moves(*ends)}
+    moving = {name: (low, high) for name, (low, high, std) in ranges.items() if gripper_moves(low, high, std)}
     reach = {name: max(map(abs, ends)) for name, ends in moving.items()}
     if not reach or max(reach.values()) <= UNLIKE * min(reach.values()):
         return ""
@@ -302,11 +303,19 @@ def _check_grippers(kind: str, datasets: Sequence[Episodes], runs: Sequence[Sequ
     for d, name in enumerate(getattr(datasets[0], f"{kind}_names")):
         if is_gripper(name):
             ranges = {
-                str(dataset.root): (min(part.min[d] for part in parts), max(part.max[d] for part in parts))
-                for dataset, parts in zip(datasets, runs, strict=True)
+                str(dataset.root): _range(parts, d) for dataset, parts in zip(datasets, runs, strict=True)
             }
             if problem := grippers_unlike(datasets[0].robot, f"{name} ({kind})", ranges):
                 raise DatasetError(problem)
+
+
+def _range(parts: Sequence[Partial], d: int) -> tuple[float, float, float]:
+    """Least and greatest value and standard deviation of number `d`, the tails of the partials not merged."""
+    counts, means = (np.array([getattr(part, name) for part in parts]) for name in ("count", "mean"))
+    total = counts.sum()
+    apart = counts @ np.square(means[:, d] - counts @ means[:, d] / total)
+    std = np.sqrt((sum(part.m2[d] for part in parts) + apart) / total)
+    return min(part.min[d] for part in parts), max(part.max[d] for part in parts), std
 
 
 def _cut(rows: np.ndarray, stats: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -27,7 +27,6 @@ from data_pipelines.inspection.checks import (
     check_frames,
     check_rows,
     describe_rows,
-    listed,
     loader_threads,
     measure,
     tabulate,
@@ -42,7 +41,7 @@ from data_pipelines.readers.lerobot import LeRobotV21, LeRobotV30
 from data_pipelines.readers.naming import Reading, UnmappableError
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.readers.robotwin import RobotwinClassic, RobotwinXPolicyLab
-from data_pipelines.readers.subset import Entry, Part, as_recorded, check_parts, load_subset
+from data_pipelines.readers.subset import Entry, Part, as_recorded, check_parts, load_subset, told
 from data_pipelines.statistics import grippers_unlike
 from data_pipelines.tfds.episodes import Converted
 
@@ -288,13 +287,10 @@ def _totals(parts: Sequence[Part], entries: Sequence[Entry]) -> Iterator[str]:
         episodes, rows = (sum(of) for of in zip(*((len(x.lengths), x.lengths.sum()) for x in group), strict=True))
         hours, rates = sum(x.lengths.sum() / x.fps for x in group) / 3600, sorted({f"{x.fps:.5g}" for x in group})
         yield f"{robot:{wide}}{len(group):>10,}{episodes:>10,}{rows:>12,}{hours:>9.2f}{', '.join(rates):>9}"
-    excluded: dict[str, list[str]] = {}
-    for entry in entries:
-        if entry.exclude:
-            excluded.setdefault(entry.exclude, []).append(entry.name)
+    excluded = {entry.name: entry.exclude for entry in entries if entry.exclude}
     if excluded:
-        yield f"excluded: {sum(map(len, excluded.values()))} of {len(entries)} datasets, which were not opened"
-        yield from (f"  {len(names)} because {reason}: {listed(names)}" for reason, names in excluded.items())
+        yield f"excluded: {len(excluded)} of {len(entries)} datasets, which were not opened"
+        yield from (f"  {line}" for line in told(excluded))
 
 
 def _speeds(dataset: Episodes, findings: Findings) -> Iterator[str]:

@@ -24,7 +24,7 @@ from data_pipelines.readers.layouts import LAYOUTS, default_layout, is_gripper
 from data_pipelines.readers.naming import AS_NAMED, KINDS, SIDES, Reading, number_of
 from data_pipelines.readers.robocoin import Mapped, bad_rows, open_robocoin
 
-VERSION = 1  # of what is found: a finding of another one is made anew
+VERSION = 2  # of what is found: a finding of another one is made anew
 LAYOUT = LAYOUTS["two_arms"]
 STILL_SECONDS = 1.0  # an episode that stands still for longer at its end has a tail to cut
 SAMPLED = 5  # episodes that the size of the grippers' numbers is taken from before the rows are read
@@ -34,7 +34,8 @@ ROOM = 1.1  # numbers may go beyond the power of ten that they are taken for by 
 @dataclass(frozen=True)
 class Grip:
     """One gripper as it was recorded, in states or in actions: the ends of its range, and what 1% of the rows are
-    below and above. scale: its correlation with the feature gripper_open_scale_*, None where there is none."""
+    below and above. std: standard deviation.  scale: its correlation with the feature gripper_open_scale_*, None where
+    there is none."""
 
     side: str
     kind: str
@@ -42,6 +43,7 @@ class Grip:
     greatest: float
     q01: float
     q99: float
+    std: float
     scale: float | None
 
     @property

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from data_pipelines.inspection.proposal import Candidate, Proposal
 from data_pipelines.inspection.units import Unit
+from data_pipelines.readers.subset import told
 
-EXAMPLES = 3  # datasets named for each reason
 HEAD = (
     "robot", "datasets", "out", "episodes", "hours", "rows/s", "numbers", "views", "gripper, recorded", "in 0..1",
     "bad rows", "still tails",
@@ -86,7 +86,4 @@ def _reasons(proposal: Proposal) -> Iterator[str]:
     for reason, of in reasons(proposal).items():
         yield ""
         yield f"left out, {reason}: {len(of)}"
-        for candidate in of[:EXAMPLES]:
-            yield f"  {candidate.name}: {candidate.exclude}"
-        if len(of) > EXAMPLES:
-            yield f"  and {', '.join(candidate.name for candidate in of[EXAMPLES:])}"
+        yield from (f"  {line}" for line in told({candidate.name: candidate.exclude for candidate in of}))

@@ -87,23 +87,25 @@ def _misplaced(numbers: Sequence[str]) -> Iterable[str]:
 # ---------------------------------------------------------------- values
 @dataclass(frozen=True)
 class Range:
-    """Of the values of one number: the least, the greatest, and what 1% of the rows are below and above."""
+    """Of the values of one number: the least, the greatest, what 1% of the rows are below and above, and the standard
+    deviation."""
 
     least: float
     greatest: float
     q01: float
     q99: float
+    std: float
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Range":
         """Of at least one value."""
         low, high = np.quantile(values, [0.01, 0.99]).tolist()
-        return cls(float(values.min()), float(values.max()), low, high)
+        return cls(float(values.min()), float(values.max()), low, high, float(values.std(dtype=np.float64)))
 
     @property
     def moves(self) -> bool:
         """Whether there is more than noise."""
-        return gripper_moves(self.least, self.greatest)
+        return gripper_moves(self.least, self.greatest, self.std)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class Opening:
             (x - closed) / (opened - closed)
             for x in (self.recorded.least, self.recorded.greatest, self.recorded.q01, self.recorded.q99)
         )
-        return Range(low, high, q01, q99) if closed < opened else Range(high, low, q99, q01)
+        std = self.recorded.std / abs(opened - closed)
+        return Range(low, high, q01, q99, std) if closed < opened else Range(high, low, q99, q01, std)
 
 
 @dataclass(frozen=True)

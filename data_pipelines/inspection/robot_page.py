@@ -263,12 +263,12 @@ def _of_rows(robot: Robot) -> Iterator[str]:
         )
 
 
-def gripper_ranges(dataset: Episodes, healthy: Sequence[int]) -> dict[str, tuple[float, float]]:
-    """Least and greatest value of each of the layout's grippers that a dataset has, as training reads it."""
+def gripper_ranges(dataset: Episodes, healthy: Sequence[int]) -> dict[str, tuple[float, float, float]]:
+    """Least and greatest value and standard deviation of each of the layout's grippers, as training reads it."""
     found = {}
     for kind, read in (("state", dataset.states), ("action", dataset.actions)):
-        rows = [read(episode) for episode in healthy]
-        low, high = np.min([x.min(0) for x in rows], 0), np.max([x.max(0) for x in rows], 0)
-        names = enumerate(getattr(dataset, f"{kind}_names"))
-        found |= {f"{name} ({kind})": (float(low[d]), float(high[d])) for d, name in names if is_gripper(name)}
+        places = {name: d for d, name in enumerate(getattr(dataset, f"{kind}_names")) if is_gripper(name)}
+        rows = np.concatenate([read(episode)[:, list(places.values())] for episode in healthy])
+        ends = zip(rows.min(0).tolist(), rows.max(0).tolist(), rows.std(0, dtype=np.float64).tolist(), strict=True)
+        found |= {f"{name} ({kind})": of for name, of in zip(places, ends, strict=True)}
     return found

@@ -98,7 +98,7 @@ def _unlike(findings: Sequence[Finding], spans: Spans | None = None) -> dict[str
     for kind, side in ((kind, side) for kind in KINDS for side in SIDES):
         grips = {f.path: g for f in findings for g in f.grippers if (g.kind, g.side) == (kind, side)}
         ends = {path: _ends_of(grip, spans) for path, grip in grips.items()}
-        sizes = {path: max(map(abs, of)) for path, of in ends.items()}
+        sizes = {path: max(abs(low), abs(high)) for path, (low, high, _) in ends.items()}
         if not sizes:
             continue
         usual = 1.0 if spans else _middle([*sizes.values()], [hours[path] for path in sizes]) or 1.0
@@ -113,12 +113,13 @@ def _unlike(findings: Sequence[Finding], spans: Spans | None = None) -> dict[str
     return found
 
 
-def _ends_of(grip: Grip, spans: Spans | None) -> tuple[float, float]:
+def _ends_of(grip: Grip, spans: Spans | None) -> tuple[float, float, float]:
+    """Least and greatest value, and the standard deviation."""
     if spans is None:
-        return grip.least, grip.greatest
+        return grip.least, grip.greatest, grip.std
     closed, opened = spans[grip.kind][SIDES.index(grip.side)]
     low, high = sorted((x - closed) / (opened - closed) for x in (grip.least, grip.greatest))
-    return low, high
+    return low, high, grip.std / abs(opened - closed)
 
 
 def _most_hours(sizes: Mapping[str, float], hours: Mapping[str, float]) -> set[str]:

@@ -3,7 +3,7 @@
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from data_pipelines.readers.naming import KINDS, Gripper, Reading, UnmappableErr
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.readers.resampled import Resampled, same_rate
 from data_pipelines.readers.robocoin import Mapped, open_robocoin
+
+NAMED = 3  # datasets named for each reason that some are skipped for
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,14 @@ def open_subset(entries: Sequence[Entry]) -> tuple[dict[str, Episodes], dict[str
     return opened, skipped
 
 
+def told(skipped: Mapping[str, str]) -> Iterator[str]:
+    """A line for each reason: as "a: why", or "12 datasets, a, b, c and 9 more: why". skipped: {dataset: reason}."""
+    for reason in dict.fromkeys(skipped.values()):
+        names = [name for name, why in skipped.items() if why == reason]
+        few = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        yield f"{f'{len(names)} datasets, ' if len(names) > 1 else ''}{few}: {reason}"
+
+
 def as_recorded(dataset: Episodes) -> tuple[Episodes, list[str]]:
     """What `Entry.open` built a dataset on, and what its cameras are called there; of any other, itself."""
     cameras = list(dataset.cameras)
@@ -152,14 +162,14 @@ def embodiment_of(dataset: Episodes) -> Embodiment | None:
 def open_datasets(path: str | Path) -> list[Part]:
     """The datasets at a path and their weights: the one in a folder, or all of a subset file (.toml).
 
-    What a subset file allows to skip, and does not fit, is named on stdout and left out.
+    What a subset file excludes, or allows to skip and does not fit, is named on stdout and left out.
     """
     if Path(path).suffix != ".toml":
         return [Part("", open_episodes(path))]
     entries = load_subset(path)
     opened, skipped = open_subset(entries)
-    for name, reason in skipped.items():
-        print(f"skipping {name}: {reason}", flush=True)
+    for line in told(skipped):
+        print(f"skipping {line}", flush=True)
     parts = [Part(entry.name, opened[entry.name], entry.weight) for entry in entries if entry.name in opened]
     check_parts(parts, path)
     return parts

@@ -170,6 +170,9 @@ def test_grippers_of_one_robot_in_two_units(monkeypatch: pytest.MonkeyPatch) -> 
         "as in gripper = { closed = 0.0, open = 100.0 }, leave it out by exclude = "
     )
     compute_by_robot(datasets[:2])
+    idle = Grippers("idle", 0, 1, rows=1000)  # of a task for the other arm
+    idle._rows[:, 1] = np.random.default_rng(0).normal(0.03, 0.005, 1000)
+    compute_by_robot([datasets[0], idle])
     compute_by_robot([datasets[0], Grippers("d", 0, 4.9), Grippers("still", 100, 100.9)])
     with pytest.raises(DatasetError, match="from 0 to 0.19 in mm"):
         compute_by_robot([datasets[0], Grippers("mm", 0, 0.19)])

@@ -29,7 +29,7 @@ def grips(state: tuple[float, float], action: tuple[float, float] | None = None,
     """Both grippers of a dataset, from the least to the greatest."""
     ends = {"state": state, "action": action or state}
     return tuple(
-        Grip(side, kind, low, high, low + 0.01 * (high - low), high - 0.01 * (high - low), scale)
+        Grip(side, kind, low, high, low + 0.01 * (high - low), high - 0.01 * (high - low), 0.4 * (high - low), scale)
         for side in ("left", "right")
         for kind, (low, high) in ends.items()
     )

@@ -96,7 +96,8 @@ def test_ranges_in_both_units(tmp_path: Path) -> None:
             assert opening.name == f"{gripper.side}_gripper_open"
             rows = np.concatenate([made.rows(kind, episode) for episode in range(2)])[:, opening.place]
             least, greatest, *tails = rows.min(), rows.max(), *np.quantile(rows, [0.01, 0.99])
-            assert opening.recorded == Range(least, greatest, *tails)
+            std = pytest.approx(rows.std(dtype=np.float64))
+            assert opening.recorded == Range(least, greatest, *tails, std)
             unit = np.concatenate([made.opening(gripper.side, kind, episode) for episode in range(2)])
             expected = [unit.min(), unit.max(), *np.quantile(unit, [0.01, 0.99])]
             common = opening.common
@@ -111,6 +112,13 @@ def test_state_and_action_of_different_direction_and_scale(tmp_path: Path) -> No
     left, right = found.grippers
     assert left.together > 0.9 and right.together < -0.9
     assert left.ratio == pytest.approx(50) and right.ratio == pytest.approx(50)
+
+
+def test_noise_about_one_place_is_no_opening() -> None:
+    """However large; a gripper that is open for 5% of the time is one that opens."""
+    noise = np.random.default_rng(0).normal(0.05, 0.01, 1000)
+    assert not Range.of(noise).moves and not Range.of(1000 * noise).moves
+    assert Range.of(np.float64(np.arange(1000) % 20 == 0)).moves
 
 
 def test_a_gripper_that_rests_tells_no_direction(tmp_path: Path) -> None:
@@ -212,7 +220,7 @@ def test_one_arm() -> None:
 
 
 def test_range() -> None:
-    assert Range.of(np.arange(101)[::-1]) == Range(0, 100, 1, 99)
-    opening = Opening(0, "x", (100.0, 0.0), Range(-5, 100, 0, 90))
-    assert opening.common == Range(0, 1.05, pytest.approx(0.1), 1)
+    assert Range.of(np.arange(101)[::-1]) == Range(0, 100, 1, 99, pytest.approx(850**0.5))  # (101^2 - 1) / 12
+    opening = Opening(0, "x", (100.0, 0.0), Range(-5, 100, 0, 90, 30))
+    assert opening.common == Range(0, 1.05, pytest.approx(0.1), 1, 0.3)
     assert Gripper("left", opening, None, None).openings == {"state": opening}

@@ -249,4 +249,4 @@ def test_grippers_of_two_units_and_what_is_excluded(tmp_path: Path, capsys: pyte
     assert ["bot", "1", "3", f"{rows}", hours, "30"] in totals and ["all", "2", "6", f"{2 * rows}"] in [
         x[:4] for x in totals
     ]
-    assert "excluded: 2 of 4 datasets, which were not opened\n  2 because its grippers are torn: x, y\n" in page
+    assert "excluded: 2 of 4 datasets, which were not opened\n  2 datasets, x, y: its grippers are torn\n" in page

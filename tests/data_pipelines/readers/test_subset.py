@@ -167,6 +167,13 @@ def test_excluded_with_its_reason(root: Path) -> None:
     assert list(opened) == ["a"] and skipped == {"b": "tails"}
 
 
+def test_reasons_are_told_once(root: Path, capsys: pytest.CaptureFixture) -> None:
+    out = [GOOD | {"name": name, "exclude": "no film"} for name in "bcdef"]
+    path = write_subset(root.parent, GOOD | {"path": str(root)}, *out, GOOD | {"name": "g", "exclude": "torn"})
+    assert [part.name for part in open_datasets(path)] == ["a"]
+    assert capsys.readouterr().out == "skipping 5 datasets, b, c, d and 2 more: no film\nskipping g: torn\n"
+
+
 def test_what_is_said_of_a_robot(root: Path) -> None:
     """Of all its datasets, and of one that says otherwise; a layout for all."""
     path = root.parent / "robots.toml"
