@@ -66,12 +66,14 @@ def join(job: Job | None, wait: float = WAIT) -> None:
 
 
 def _give_up(job: Job, wait: float) -> None:
-    try:
-        host, _, port = (job.coordinator or "").rpartition(":")
-        with socket.create_connection((host, int(port)), 5):
-            found = "process 0 answers there, but not all the others came"
-    except (OSError, ValueError) as error:
-        found = f"nobody answers there ({error})"
+    found = "not all the others came"
+    if job.coordinator:
+        host, _, port = job.coordinator.rpartition(":")
+        try:
+            with socket.create_connection((host, int(port)), 5):
+                found = f"process 0 answers there, but {found}"
+        except OSError as error:
+            found = f"nobody answers there ({error})"
     print(
         f"error: {job} has waited for {wait:.0f} seconds: {found}. Every process needs the same address and number of "
         "processes, and a number of its own.",

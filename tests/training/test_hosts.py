@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -126,6 +127,20 @@ def test_who_waits_in_vain_says_so() -> None:
     (status, output), _ = finish_job([process, other], 60)
     assert status == 1 and "error: process 0 of 2 at localhost:" in output
     assert "process 0 answers there, but not all the others came" in output and "Check failure" not in output
+
+
+@pytest.mark.parametrize("job, expected", [
+    (Job("slurm", None, 1, 2), "process 1 of 2 has waited for 300 seconds: not all the others came. Every"),
+    (Job("gketpu"), "the gketpu job has waited for 300 seconds: not all the others came. Every"),
+    (Job("deactivate", "localhost:1", 1, 2), r"at localhost:1 has .*: nobody answers there \(.*refused\)\. Every"),
+])  # fmt: skip
+def test_what_is_said_after_waiting(
+    job: Job, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    hosts._give_up(job, hosts.WAIT)
+    assert ended == [1] and re.search(expected, capsys.readouterr().err)
 
 
 def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
