@@ -20,6 +20,7 @@ import tokenizers
 
 from ahawam_jax.towers.text_encoder import TextEncoderConfig
 from ahawam_jax.weights.convert import digest
+from ahawam_jax.weights.tensors import Tensor
 from ahawam_jax.weights.torch_file import read_torch, write_torch
 from data_pipelines.disk import whole_file
 from data_pipelines.files import disguised, read_json
@@ -101,8 +102,22 @@ def entry_path(folder: str | Path, prompt: str, length: int) -> Path:
     return Path(folder) / f"{hashlib.sha256(prompt.encode()).hexdigest()}.t5_len{length}.wan22ti2v5b.pt"
 
 
-def read_entry(folder: str | Path, prompt: str, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [length, X] as stored, padding rows zeroed, and mask [length] bool, true for real tokens.
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Tokens of one prompt, which stay in their file until they are read."""
+
+    tokens: Tensor  # [length, X]
+    mask: np.ndarray  # [length] bool, true for real tokens
+
+    def read(self) -> np.ndarray:
+        """Tokens [length, X] as stored, padding rows zeroed; of the file, only the others are read."""
+        tokens = np.zeros(self.tokens.shape, self.tokens.dtype)
+        tokens[self.mask] = np.asarray(self.tokens)[self.mask]
+        return tokens
+
+
+def open_entry(folder: str | Path, prompt: str, length: int) -> Entry:
+    """The tokens of a prompt in the cache.
 
     Raises FileNotFoundError where the prompt was never encoded, ValueError if its file is damaged.
     """
@@ -113,17 +128,18 @@ def read_entry(folder: str | Path, prompt: str, length: int) -> tuple[np.ndarray
             f"ahawam encode-text --cache {folder} --length {length} and --dataset or --prompt."
         )
     entry = read_torch(path)
-    if not isinstance(entry, Mapping) or not {"context", "mask"} <= set(entry):
+    if not isinstance(entry, Mapping) or not all(isinstance(entry.get(name), Tensor) for name in ("context", "mask")):
         raise ValueError(f"{path} must hold context and mask; remove it and encode the prompt {prompt!r} again.")
-    tokens, mask = np.asarray(entry["context"]), np.asarray(entry["mask"])
-    if tokens.ndim != 2 or len(tokens) != length or mask.shape != (length,) or mask.dtype != bool:
+    tokens, mask = entry["context"], entry["mask"]
+    if len(tokens.shape) != 2 or tokens.shape[0] != length or mask.shape != (length,) or mask.dtype != bool:
         raise ValueError(
             f"{path} holds context {list(tokens.shape)} and mask {list(mask.shape)} {mask.dtype}, expected "
             f"[{length}, X] and [{length}] bool; remove it and encode the prompt {prompt!r} again."
         )
-    if not np.isfinite(tokens).all():
+    found = Entry(tokens, np.array(mask))
+    if not np.isfinite(found.read()).all():
         raise ValueError(f"{path} holds NaN or infinity; remove it and encode the prompt {prompt!r} again.")
-    return np.where(mask[:, None], tokens, np.zeros((), tokens.dtype)), mask.copy()
+    return found
 
 
 def write_entry(folder: str | Path, prompt: str, tokens: np.ndarray, mask: np.ndarray) -> None:
@@ -182,17 +198,22 @@ class CachedText:
     folder: str | Path
     dim: int  # X, the width that the model reads
     length: int
+    _opened: dict[str, Entry] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     dtype = np.dtype(jnp.bfloat16)
 
     def tokens(self, instruction: str) -> tuple[np.ndarray, np.ndarray]:
         """One instruction -> tokens [K, X] as stored (bfloat16), zero after its last token, and mask [K] bool.
 
-        The mask is all true: the released model was trained to read the zero rows as well.
+        The mask is all true: the released model was trained to read the zero rows as well. Where the tokens lie is
+        remembered, so that asking again costs no more than copying them.
         """
-        tokens, mask = read_entry(self.folder, prompt(instruction), self.length)
-        if tokens.shape[1] != self.dim:
-            raise ValueError(
-                f"{self.folder} has text tokens of width {tokens.shape[1]}, the model reads {self.dim} "
-                "(config.model.text_dim); encode the instructions with the encoder the model was trained with."
-            )
-        return tokens, np.ones_like(mask)
+        entry = self._opened.get(instruction)
+        if entry is None:
+            entry = open_entry(self.folder, prompt(instruction), self.length)
+            if entry.tokens.shape[1] != self.dim:
+                raise ValueError(
+                    f"{self.folder} has text tokens of width {entry.tokens.shape[1]}, the model reads {self.dim} "
+                    "(config.model.text_dim); encode the instructions with the encoder the model was trained with."
+                )
+            self._opened[instruction] = entry
+        return entry.read(), np.ones_like(entry.mask)

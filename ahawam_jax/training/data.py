@@ -36,9 +36,8 @@ class Data:
     windows: WindowConfig
     statistics: dict[str, Statistics]  # by robot
     record: Record  # what a checkpoint says of all this, JSON-ready
-    place: np.ndarray  # int [I] of every instruction of a batch, where its text tokens are
-    context: np.ndarray  # [J, K, X] text tokens of every text that an episode has
-    context_mask: np.ndarray  # [J, K]
+    texts: list[str]  # what `instruction` of a batch counts
+    text_tower: TextTower
 
     @property
     def sums(self) -> dict[str, str]:
@@ -50,9 +49,17 @@ class Data:
     def put(self, batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
         """This process's rows of a loader batch on the devices, their instructions replaced by text tokens."""
         rows = {name: x for name, x in batch.items() if name != "instruction"}
-        index = self.place[batch["instruction"]]
-        rows |= {"context": self.context[index], "context_mask": self.context_mask[index]}
-        return sharding.put_batch(rows, mesh)
+        return sharding.put_batch(rows | self.context(batch["instruction"]), mesh)
+
+    def context(self, instruction: np.ndarray) -> dict[str, np.ndarray]:
+        """Text tokens [B, K, X] and their mask [B, K] of instructions, int [B].
+
+        Read for each batch: those of all instructions of a large mixture would take tens of GB in every process.
+        """
+        texts = [self.texts[number] for number in instruction]
+        read = {text: self.text_tower.tokens(text) for text in {*texts}}
+        tokens, mask = zip(*(read[text] for text in texts), strict=True)
+        return {"context": np.stack(tokens), "context_mask": np.stack(mask)}
 
 
 def open_frames_of(dataset: Episodes, config: ConfigDict) -> Frames:
@@ -82,9 +89,9 @@ def open_data(
     for of_part in described:
         hold_out(of_part, count, pair(known, of_part, len(parts)))
     words = dict.fromkeys(text for of_part in described for text in of_part["texts"])
-    tokens = {text: text_tower.tokens(text) for text in words}
+    sums = {text: _sum(*text_tower.tokens(text)) for text in words}
     mark = fingerprint(video_tower)
-    record = _record(described, tokens, mark, before, accepted)
+    record = _record(described, sums, mark, before, accepted)
     statistics = _statistics([part.dataset for part in parts], config, before)
     record["statistics"] = to_lists(statistics)
     record["robots"] = _embodiments(parts)
@@ -104,26 +111,23 @@ def open_data(
             f"The episodes held out of {config.data.path} have {rows} rows, fewer than config.data.batch_size "
             f"{config.data.batch_size}; hold out more or none."
         )
-    places = {text: number for number, text in enumerate(tokens)}
-    place = np.array([places.get(text, 0) for text in instructions(train)])  # 0: no episode has it
-    context, mask = zip(*tokens.values(), strict=True)
-    return Data(train, validation, windows, statistics, record, place, np.stack(context), np.stack(mask))
+    return Data(train, validation, windows, statistics, record, instructions(train), text_tower)
 
 
 def _record(
-    described: list[Record], tokens: Mapping[str, tuple[np.ndarray, np.ndarray]], mark: str, before: Record | None,
-    accepted: bool,
-) -> Record:  # fmt: skip
+    described: list[Record], sums: dict[str, int], mark: str, before: Record | None, accepted: bool
+) -> Record:
     """What a checkpoint is to say of the data but for their statistics.
 
-    tokens: of every instruction.  mark: of the video tower. Raises ValueError for changes that are not accepted.
+    sums: of every instruction's text tokens.  mark: of the video tower.
+    Raises ValueError for changes that are not accepted.
     """
-    towers = {"video": mark, "text": {text: _sum(*of_text) for text, of_text in tokens.items()}}
-    record = {"data": described, "towers": towers, "accepted": [], "instructions": list(tokens)}
+    towers = {"video": mark, "text": sums}
+    record = {"data": described, "towers": towers, "accepted": [], "instructions": list(sums)}
     if before:
         found = changes(before["data"], described) + _tower_changes(before["towers"], towers)
         record["accepted"] = before["accepted"] + accept(found, accepted, before["data_position"]["batches"])
-        record["instructions"] = list(dict.fromkeys([*before["instructions"], *tokens]))
+        record["instructions"] = list(dict.fromkeys([*before["instructions"], *sums]))
     return record
 
 
@@ -152,7 +156,7 @@ def _embodiments(parts: list[Part]) -> dict[str, list[Record]]:
 
 
 def _sum(tokens: np.ndarray, mask: np.ndarray) -> int:
-    return zlib.crc32(mask.tobytes(), zlib.crc32(np.ascontiguousarray(tokens).tobytes()))
+    return zlib.crc32(mask.tobytes(), zlib.crc32(np.ascontiguousarray(tokens).view(np.uint8)))
 
 
 def _tower_changes(before: Record, now: Record) -> list[str]:

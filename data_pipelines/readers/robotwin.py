@@ -61,7 +61,8 @@ class Robotwin(Reader):
                 lengths.append(self._length(file))
                 texts.append(self._instruction(file))
         self.instructions = list(dict.fromkeys(texts))
-        self._tasks = [self.instructions.index(text) for text in texts]
+        places = {text: place for place, text in enumerate(self.instructions)}
+        self._tasks = [places[text] for text in texts]
         self._set_lengths(lengths)
         self.cameras, self.unusable = {}, {}
         for camera in self._pictures:

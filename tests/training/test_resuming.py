@@ -237,8 +237,8 @@ def test_a_task_that_no_episode_has(config: ConfigDict, dataset: Path, text: str
     data = opened(config)
     assert data.record["instructions"] == expected.record["instructions"] == ["close the drawer", "open the drawer"]
     for episode in range(3):
-        own, other = (x.context[x.place[x.train[0].dataset.instruction_index(episode)]] for x in (data, expected))
-        np.testing.assert_array_equal(own, other)
+        own, other = (x.context([x.train[0].dataset.instruction_index(episode)]) for x in (data, expected))
+        np.testing.assert_array_equal(own["context"], other["context"])
 
 
 # ---------------------------------------------------------------- the config
