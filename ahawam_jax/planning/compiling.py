@@ -65,8 +65,8 @@ def compile_step(config: ConfigDict, cluster: Cluster) -> Compiled:
     """
     began = time.monotonic()
     with _environment(cluster):
-        devices = _devices(cluster)
-        mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, cluster.sizes, strict=True)), devices)
+        sizes = dict(zip(sharding.MESH_AXES, cluster.sizes, strict=True))
+        mesh = sharding.make_mesh(sizes, _devices(cluster), device_bytes=cluster.device.memory)
         subject = make_subject(config, mesh)
         results = (subject.layout, sharding.replicated(mesh))
         try:
