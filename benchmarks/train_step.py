@@ -25,6 +25,8 @@ import numpy as np
 
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import SPATIAL_STRIDE, ModelConfig
+from ahawam_jax.planning.flops import count
+from ahawam_jax.planning.program import read
 from ahawam_jax.towers.stand_ins import BlockTransform
 from ahawam_jax.training.objective import ObjectiveConfig
 from ahawam_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -36,25 +38,6 @@ TINY = dict(num_layers=2, num_heads=2, head_dim=24, planner_dim=48, planner_ffn_
             executor_ffn_dim=64, text_dim=32)  # fmt: skip
 PEAK = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bfloat16, TFLOP/s, by the vendor's datasheets
 CANVAS, TEXT, WARM_UP = (384, 320), 128, 2
-
-
-def matmul_flops(jaxpr: Any) -> float:
-    """Floating point operations of all matrix products and convolutions, scans counted as often as they run."""
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        name, times = eqn.primitive.name, eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-        if name == "dot_general":
-            (left, _), _ = eqn.params["dimension_numbers"]
-            depth = np.prod([eqn.invars[0].aval.shape[axis] for axis in left])
-            total += 2.0 * np.prod(eqn.outvars[0].aval.shape) * depth
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(inner):
-                total += times * matmul_flops(getattr(inner, "jaxpr", inner))
-    return total
-
-
-def _is_jaxpr(x: Any) -> bool:
-    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
 
 
 def random_batch(config: ModelConfig, size: int, canvas: tuple[int, int]) -> Batch:
@@ -102,7 +85,7 @@ def flops_of(config: ModelConfig, canvas: tuple[int, int]) -> float:
     step, create = step_of(config)
     state = jax.eval_shape(create, jax.random.key(0))
     batch = jax.eval_shape(lambda: random_batch(config, 1, canvas))
-    return matmul_flops(jax.make_jaxpr(step)(state, batch, jax.random.key(0)).jaxpr)
+    return sum(count(read(jax.make_jaxpr(step)(state, batch, jax.random.key(0)))).values())
 
 
 def top_kernels(run: Callable[[], Any], count: int) -> list[dict[str, Any]]:

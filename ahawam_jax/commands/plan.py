@@ -1,8 +1,9 @@
 """What a training run will need of a cluster, before there is one: memory, arithmetic, traffic, time.
 
-    ahawam plan --config=configs/robocoin.py --mesh=1x64x1 --device=h100 --hosts=8
-    ahawam plan --config=... --mesh=1x64x1 --device=h100 --search     # which mesh, remat and microbatches are fastest
-    ahawam plan --config=... --mesh=1x64x1 --device=h100 --compile    # and what the compiler says
+    ahawam plan --config=configs/robocoin.py --device=h100 --hosts=8        # config.mesh on 8 full hosts
+    ahawam plan --config=configs/robocoin.py --mesh=1x64x1 --device=h100
+    ahawam plan --config=... --mesh=1x64x1 --search      # which mesh, remat and microbatches are fastest
+    ahawam plan --config=... --mesh=1x64x1 --compile     # and what the compiler says
 
 The real training step is traced, on shapes alone: nothing is allocated and no accelerator is needed; it takes seconds,
 --search a minute. --compile compiles the step for the absent devices, which takes minutes and a plug-in. Fields of the
@@ -15,28 +16,33 @@ from absl import flags
 
 from ahawam_jax.commands.flags import CONFIG, require, run_with_flags
 
-_MESH = flags.DEFINE_string("mesh", None, "DATAxFSDPxTENSOR, as in 1x64x1; with --search only their product counts.")
+_MESH = flags.DEFINE_string("mesh", None, "DATAxFSDPxTENSOR, as in 1x64x1; config.mesh by default.")
 _DEVICE = flags.DEFINE_string("device", "h100", "h100, h200, a100, v5p, v6e or v7x.")
-_HOSTS = flags.DEFINE_integer("hosts", None, "Hosts that share the devices evenly; by default as few as can.")
+_HOSTS = flags.DEFINE_integer("hosts", None, "Hosts that share the devices; by default as few as can.")
 _NETWORK = flags.DEFINE_float("network", None, "GB/s that a device sends to other hosts, where it is not the usual.")
 _SEARCH = flags.DEFINE_bool("search", False, "Rank meshes, remat and microbatches by expected time.")
 _COMPILE = flags.DEFINE_bool("compile", False, "Compile the step for these devices, and compare.")
 
 
 def _plan(argv: list[str]) -> None:
-    require(argv, CONFIG, _MESH)
+    require(argv, CONFIG)
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # a GPU that happens to be here is left alone
     from ahawam_jax.planning.compiling import compile_step
-    from ahawam_jax.planning.devices import make_cluster
+    from ahawam_jax.planning.devices import find_device, make_cluster
     from ahawam_jax.planning.estimate import estimate
     from ahawam_jax.planning.page import beside, page, ranking
     from ahawam_jax.planning.search import search
+    from ahawam_jax.planning.subject import default_mesh
 
     try:
         network = None if _NETWORK.value is None else _NETWORK.value * 1e9
-        cluster = make_cluster(_DEVICE.value, _MESH.value, _HOSTS.value, network)
+        mesh = _MESH.value
+        if mesh is None:
+            sizes = default_mesh(CONFIG.value, find_device(_DEVICE.value), _HOSTS.value or 1)
+            mesh = "x".join(map(str, sizes))
+        cluster = make_cluster(_DEVICE.value, mesh, _HOSTS.value, network)
         if _SEARCH.value:
             print(ranking(search(CONFIG.value, cluster), cluster))
             return

@@ -70,10 +70,8 @@ def make_cluster(device: str, mesh: str, hosts: int | None, network: float | Non
     network: bytes a second that a device sends to other hosts, where it is not the usual.
     Raises ValueError for what does not exist or does not fit.
     """
-    if device not in DEVICES:
-        raise ValueError(f"--device is {device!r}, which is not in the table; expected one of {', '.join(DEVICES)}.")
-    sizes = parse_mesh(mesh)
-    kind, count = DEVICES[device], math.prod(sizes)
+    kind, sizes = find_device(device), parse_mesh(mesh)
+    count = math.prod(sizes)
     if hosts is None:
         hosts = next(n for n in range(1, count + 1) if count % n == 0 and count // n <= kind.per_host)
     if hosts < 1 or count % hosts:
@@ -91,6 +89,13 @@ def make_cluster(device: str, mesh: str, hosts: int | None, network: float | Non
             raise ValueError(f"--network is {network / 1e9:g}, expected a positive number of gigabytes a second.")
         kind = dataclasses.replace(kind, across=network)
     return Cluster(kind, sizes, hosts)
+
+
+def find_device(name: str) -> Device:
+    """A device of the table; another name is a ValueError listing them."""
+    if name not in DEVICES:
+        raise ValueError(f"--device is {name!r}, which is not in the table; expected one of {', '.join(DEVICES)}.")
+    return DEVICES[name]
 
 
 def parse_mesh(mesh: str) -> tuple[int, int, int]:

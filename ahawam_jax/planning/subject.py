@@ -7,11 +7,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import FRAMES_PER_LATENT, SPATIAL_STRIDE, ModelConfig
+from ahawam_jax.planning.devices import Device
 from ahawam_jax.towers.latents import make_canvas, make_windows
 from ahawam_jax.towers.stand_ins import BlockTransform
 from ahawam_jax.towers.vae import VaeConfig, WanVae, abstract_vae_params
@@ -68,21 +70,31 @@ def abstract_mesh(sizes: tuple[int, int, int]) -> AbstractMesh:
     return AbstractMesh(sizes, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def default_mesh(config: ConfigDict, device: Device, hosts: int) -> tuple[int, int, int]:
+    """What config.mesh is on hosts full of a device. Raises ValueError where it does not fit."""
+    state = sharding.state_size(_training(config)[-1])
+    return sharding.mesh_shape(config.mesh, hosts, device.per_host, state, device.memory)
+
+
 def make_subject(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Subject:
     """The step that `ahawam train` would run with this config on this mesh.
 
     Raises ValueError where the batch does not divide among the devices, and for fields that fit no model.
     """
-    model = ModelConfig.create(config.model)
-    optimizer = OptimizerConfig(**config.optimizer)
+    net, optimizer, tx, boxed = _training(config)
     _check_batch(config, mesh)
-    net = AhaWam(model)
-    tx = make_optimizer(optimizer, config.train.steps or NOMINAL_STEPS)
     step = make_train_step(net, tx, ObjectiveConfig(**config.objective), optimizer)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    boxed = jax.eval_shape(lambda key: create_state(net, tx, key, optimizer.ema_decay > 0), key)
+    model, key = net.config, jax.eval_shape(lambda: jax.random.key(0))
     arguments, layout = _place(boxed, _batch(config, model), _tower(config, model), key, mesh)
     return Subject(config, model, mesh, step, boxed, arguments, layout)
+
+
+def _training(config: ConfigDict) -> tuple[AhaWam, OptimizerConfig, optax.GradientTransformation, Any]:
+    """Model, optimizer, its update rule and the abstract state with logical axes."""
+    net, optimizer = AhaWam(ModelConfig.create(config.model)), OptimizerConfig(**config.optimizer)
+    tx = make_optimizer(optimizer, config.train.steps or NOMINAL_STEPS)
+    boxed = jax.eval_shape(lambda: create_state(net, tx, jax.random.key(0), optimizer.ema_decay > 0))
+    return net, optimizer, tx, boxed
 
 
 def trace(subject: Subject) -> Any:

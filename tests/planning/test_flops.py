@@ -73,10 +73,10 @@ def test_planner_by_hand() -> None:
 
 
 def test_the_full_model() -> None:
-    """Operations of a sample at full size, as counted when the model was measured: 24.6, without remat 21.0."""
+    """TFLOP a sample at full size as counted when it was measured, its router not yet recomputed: 24.6; once 21.0."""
     config = robotwin.get_config()
     config.data.update(latents="cached", latent_clips=True, batch_size=1)
     found = flops.count(read(trace(make_subject(config, abstract_mesh((1, 1, 1))))))
-    assert sum(found.values()) / 1e12 == pytest.approx(24.6, abs=0.1)
+    assert (sum(found.values()) - found["router", "remat"]) / 1e12 == pytest.approx(24.6, abs=0.1)
     assert found["history", "forward"] / 1e12 == pytest.approx(6.6, abs=0.05)
     assert sum(n for (_, way), n in found.items() if way != "remat") / 1e12 == pytest.approx(21.0, abs=0.1)

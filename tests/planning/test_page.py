@@ -89,7 +89,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     importlib.import_module(door.COMMANDS["plan"].module)  # flags that are defined here stay
     arguments = ["plan", "--config=tests/planning/steps.py"]
     for flags, said in (
-        ([], "--mesh is required"),
+        (["--config.mesh.tensor=3"], "does not fit 8 devices"),
         (["--mesh=1x8x1", "--hosts=3"], "3 hosts cannot share evenly"),
         (["--mesh=1x16x1"], "config.data.batch_size 8 must be a multiple of mesh data * fsdp * accumulate = 16"),
         (["--mesh=1x2x1", "--config.model.remat=some"], "remat is 'some'; expected one of none, dots, full"),
