@@ -11,7 +11,7 @@ from ahawam_jax.models.dit import dense
 from ahawam_jax.models.executor import Executor
 from ahawam_jax.models.memory import PlannerContext, PlannerMemory
 from ahawam_jax.models.partitioning import partitioned
-from ahawam_jax.models.planner import Planner, PlannerOutput, frame_causal_mask
+from ahawam_jax.models.planner import History, Planner, PlannerOutput, frame_causal_mask
 from ahawam_jax.models.router import ObservationQueries, Router
 
 ACTION_BRANCH = 1  # row of the branch embedding that action tokens get; the release never uses row 0
@@ -41,11 +41,13 @@ class AhaWam(nn.Module):
         text_mask: jax.Array,
         memory: PlannerMemory | None = None,
         causal: bool = True,
+        history: History | None = None,
         current_only: bool = False,
     ) -> PlannerOutput:
         """The planner over a clip (Eq. 2): latents [B, c, F, h, w], times and positions [B, F].
 
-        Frame-causal as AHA-WAM is trained, or with every token seeing every other, as Wan2.2 is. current_only: of
+        Frame-causal as AHA-WAM is trained, or with every token seeing every other, as Wan2.2 is. It looks back on the
+        memory, or, in training, on a history that is planned beside it, without gradient (Eq. 13). current_only: of
         the context, only the first frame's is handed back.
         """
         tokens = latents.shape[3] * latents.shape[4] // 4
@@ -53,19 +55,7 @@ class AhaWam(nn.Module):
         if not causal:
             mask = jnp.ones_like(mask)
         kept = 1 if current_only else None
-        return self.planner(latents, times, positions, text, text_mask, mask, memory, kept)
-
-    def recall(
-        self, latents: jax.Array, positions: jax.Array, valid: jax.Array, text: jax.Array, text_mask: jax.Array
-    ) -> PlannerMemory:
-        """Memory of a training sample: one clean, frame-causal pass over its history, without gradient (Eq. 13).
-
-        latents [B, c, W, h, w], positions [B, W], valid [B, W] bool; frames that are not valid are hidden.
-        """
-        tokens = latents.shape[3] * latents.shape[4] // 4
-        mask = frame_causal_mask(latents.shape[2], tokens, valid)
-        out = self.planner(latents, jnp.zeros(positions.shape), positions, text, text_mask, mask)
-        return jax.lax.stop_gradient(PlannerMemory(out.context, valid))
+        return self.planner(latents, times, positions, text, text_mask, mask, memory, history, kept)
 
     def refresh(
         self, latents: jax.Array, position: jax.Array, text: jax.Array, text_mask: jax.Array, memory: PlannerMemory

@@ -10,6 +10,7 @@ SPATIAL_STRIDE = 16  # image pixels along each side of one latent pixel
 
 PREDICTIONS = ("velocity", "sample")
 REMAT_POLICIES = ("none", "dots", "full")
+COMPONENTS = ("planner", "executor", "router")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     prediction: str = "velocity"  # what the executor's head outputs: "velocity" or the clean "sample"
     dtype: str = "bfloat16"  # of matrix products; norms, softmax and rotary angles are float32
-    remat: str = "none"  # what the backward pass recomputes: "none", "dots", "full"
+    remat: str = "none"  # what the backward pass recomputes: "none", "dots", "full"; or "full, executor=none"
 
     def __post_init__(self) -> None:
         if self.head_dim % 2 or (self.head_dim // 3) % 2:
@@ -54,14 +55,27 @@ class ModelConfig:
             raise ValueError(f"freq_dim {self.freq_dim} must be even: half cosines, half sines.")
         if self.memory_frames < 1:
             raise ValueError(f"memory_frames is {self.memory_frames}; the planner's memory needs at least one frame.")
-        for name, allowed in (("prediction", PREDICTIONS), ("remat", REMAT_POLICIES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}.")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction is {self.prediction!r}; expected one of {', '.join(PREDICTIONS)}.")
+        for component in COMPONENTS:
+            self.remat_of(component)
 
     @property
     def num_chunks(self) -> int:
         """C, chunks in one training window."""
         return self.horizon // self.chunk
+
+    def remat_of(self, component: str) -> str:
+        """The policy of planner, executor or router: the one of its own in `remat`, or else the one for all."""
+        policy, *own = (part.strip() for part in self.remat.split(","))
+        policies = dict.fromkeys(COMPONENTS, policy) | dict(part.split("=") for part in own if part.count("=") == 1)
+        fits = len(policies) == len(COMPONENTS) and all("=" in part for part in own)
+        if not fits or not set(policies.values()) <= set(REMAT_POLICIES):
+            raise ValueError(
+                f"remat is {self.remat!r}; expected one of {', '.join(REMAT_POLICIES)}, and behind it, if you like, "
+                f"policies of {', '.join(COMPONENTS)}, as in 'full, executor=none'."
+            )
+        return policies[component]
 
     @classmethod
     def create(cls, values: Mapping[str, Any]) -> "ModelConfig":

@@ -4,7 +4,7 @@ Tokens come in groups, x [B, G, S, D]: a group is a latent frame for the planner
 executor (G = C). All tokens of a group share one diffusion time, so modulation is per group, [B, G, 6, D].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -132,13 +132,12 @@ class Block(nn.Module):
     eps: float
     dtype: Any
     across_groups: bool
-    kept: int | None = None  # groups, from the first, whose k, v are handed back; None: all
 
     @nn.compact
     def __call__(
         self, x: jax.Array, prefix: tuple[jax.Array, jax.Array] | None, cond: Condition
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """x [B, G, S, D] -> x [B, G, S, D] and this block's own k, v [B, kept, S, N, H]."""
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """x [B, G, S, D] -> x [B, G, S, D] and this block's own k, v [B, G, S, N, H]."""
         heads, eps, dtype = (self.num_heads, self.head_dim), self.eps, self.dtype
         row_init = nn.initializers.normal(self.dim**-0.5)
         table = self.param("modulation", partitioned(row_init, (None, "embed")), (6, self.dim))
@@ -179,7 +178,8 @@ class Block(nn.Module):
         x = x + (gate_ffn * y).astype(x.dtype)
         x = constrain(x, RESIDUAL_AXES)
         self.sow("intermediates", "x", x)
-        return x, None if self.kept == 0 else (k[:, : self.kept], v[:, : self.kept])
+        self.sow("intermediates", "kv", (k, v))
+        return x, (k, v)
 
     def self_attention(self, q, k, v, prefix, mask):
         if self.across_groups:
@@ -191,30 +191,60 @@ class Block(nn.Module):
         return mixed.reshape(shape) if self.across_groups else mixed
 
 
+PLANNED = "planned history"  # the name of k, v that no backward pass computes again
+_SAVED = jax.checkpoint_policies.save_only_these_names(PLANNED)
 REMAT = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _SAVED,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        _SAVED, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
 }
 
 
-def remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:
-    """A layer to be scanned, of which the backward pass computes again what the policy (REMAT_POLICIES) says."""
+def remat(layer: Any, policy: str) -> Any:
+    """A layer or a function of one, to be scanned, of which the backward pass computes again what the policy says."""
     return layer if policy == "none" else nn.remat(layer, policy=REMAT[policy], prevent_cse=False)
 
 
-def block_stack(
-    cfg: ModelConfig, dim: int, ffn_dim: int, across_groups: bool, kept: int | None = None
-) -> nn.Module:
-    """L blocks scanned over a leading layer axis of parameters, prefix and returned k, v."""
-    scanned = nn.scan(
-        remat(Block, cfg.remat),
+def cast_once(body: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
+    """A function of a layer that finds the weights of its products in dtype: calls of the layer share one cast.
+
+    And what XLA's partitioner does with it: a cast is gathered once, two casts of the same weights twice.
+    """
+
+    def cast(variables: dict[str, Any]) -> dict[str, Any]:
+        layers = variables["params"]
+        return {"params": {
+            name: {part: x.astype(dtype) for part, x in layer.items()} if _is_dense(layer) else layer
+            for name, layer in layers.items()
+        }}  # fmt: skip
+
+    return nn.map_variables(body, "params", cast)
+
+
+def _is_dense(layer: Any) -> bool:
+    return isinstance(layer, Mapping) and "kernel" in layer
+
+
+def over_layers(lift: Callable[..., Any], body: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """A function of one layer, body(layer, ...), lifted by nn.scan or nn.vmap: parameters get a leading layer axis."""
+    return lift(
+        body,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast),
-        length=cfg.num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
+        **options,
     )
-    return scanned(
-        dim, ffn_dim, cfg.num_heads, cfg.head_dim, cfg.norm_eps, jnp.dtype(cfg.dtype), across_groups, kept,
-        name="blocks",
+
+
+def scan_blocks(cfg: ModelConfig, component: str, body: Callable[..., Any], *inputs: Any) -> tuple[Any, Any]:
+    """L blocks of planner or executor in a row: body(block, carry, of this layer, of all layers) -> (carry, out).
+
+    inputs are the first carry, what has a leading layer axis, and what all layers share.
+    """
+    block = Block(
+        getattr(cfg, f"{component}_dim"), getattr(cfg, f"{component}_ffn_dim"), cfg.num_heads, cfg.head_dim,
+        cfg.norm_eps, jnp.dtype(cfg.dtype), across_groups=component == "planner", name="blocks",
     )  # fmt: skip
+    scan = over_layers(nn.scan, remat(body, cfg.remat_of(component)), in_axes=(0, nn.broadcast), length=cfg.num_layers)
+    return scan(block, *inputs)

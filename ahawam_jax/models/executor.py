@@ -8,11 +8,12 @@ from ahawam_jax.models.attention import rotary_angles_1d
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.models.dit import (
     RESIDUAL_AXES,
+    Block,
     Condition,
     TextEmbedding,
     TimeEmbedding,
-    block_stack,
     dense,
+    scan_blocks,
 )
 from ahawam_jax.models.memory import PlannerContext
 from ahawam_jax.models.partitioning import constrain
@@ -71,8 +72,13 @@ class Executor(nn.Module):
             text_mask=jnp.concatenate([seen, own], -1),
         )
         self.sow("intermediates", "condition", condition)
-        blocks = block_stack(cfg, cfg.executor_dim, cfg.executor_ffn_dim, across_groups=False, kept=0)
-        x, _ = blocks(x, (routed.k, routed.v), condition)
+        x, _ = scan_blocks(cfg, "executor", _layer, x, (routed.k, routed.v), condition)
         self.sow("intermediates", "x", x)
         zeros = nn.initializers.zeros_init()
         return dense(cfg.action_dim, ("embed", None), name="head", dtype=jnp.float32, kernel_init=zeros)(x)
+
+
+def _layer(
+    block: Block, x: jax.Array, prefix: tuple[jax.Array, jax.Array], condition: Condition
+) -> tuple[jax.Array, None]:
+    return block(x, prefix, condition)[0], None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ahawam_jax.models.attention import attention
 from ahawam_jax.models.config import ModelConfig
-from ahawam_jax.models.dit import SMALL_NET_EPS, SmallNet, dense, layer_norm, remat
+from ahawam_jax.models.dit import SMALL_NET_EPS, SmallNet, dense, layer_norm, over_layers, remat
 from ahawam_jax.models.memory import PlannerContext
 from ahawam_jax.models.partitioning import partitioned
 
@@ -92,21 +92,15 @@ class Router(nn.Module):
     def __call__(self, queries: jax.Array, context: PlannerContext, scanned: bool = False) -> PlannerContext:
         """queries [B, C, Q, X], context of the current frame [L, B, 1, S, N, H] -> routed [L, B, C, S, N, H].
 
-        All layers at once, which is quickest; or scanned, one after the other and with config.remat, which leaves
+        All layers at once, which is quickest; or scanned, one after the other and with remat, which leaves
         the gradient a third of the memory.
         """
         cfg = self.config
-        body = remat(LayerRouter, cfg.remat) if scanned else LayerRouter
+        body = remat(LayerRouter, cfg.remat_of("router")) if scanned else LayerRouter
         layers = body(cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype), name="layers")
-        stacked = dict(
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
         k, v = context.k[:, :, 0], context.v[:, :, 0]
         if scanned:
-            scan = nn.scan(lambda layer, _, k, v: (None, layer(queries, k, v)), length=cfg.num_layers, **stacked)
+            scan = over_layers(nn.scan, lambda layer, _, k, v: (None, layer(queries, k, v)), length=cfg.num_layers)
             return PlannerContext(*scan(layers, None, k, v)[1])
-        return PlannerContext(*nn.vmap(lambda layer, k, v: layer(queries, k, v), axis_size=cfg.num_layers, **stacked)(
-            layers, k, v
-        ))  # fmt: skip
+        vmap = over_layers(nn.vmap, lambda layer, k, v: layer(queries, k, v), axis_size=cfg.num_layers)
+        return PlannerContext(*vmap(layers, k, v))

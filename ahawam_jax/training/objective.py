@@ -1,7 +1,6 @@
 """The joint objective: video and action flow matching on one sample (Eq. 6-7, 12)."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from ahawam_jax import flow_matching
 from ahawam_jax.models.aha_wam import AhaWam
-from ahawam_jax.models.memory import PlannerMemory
+from ahawam_jax.models.planner import History
 
 ACTION_TIMES = ("per_chunk", "shared")
 
@@ -84,15 +83,14 @@ def present_numbers(batch: dict[str, jax.Array]) -> jax.Array:
     return batch.get("action_present", jnp.ones((size, width), bool))[:, None, None]
 
 
-def recall_history(apply: Callable[..., Any], batch: dict[str, jax.Array]) -> PlannerMemory | None:
-    """The memory of a batch from its history frames (Sec. 3.4); None if the batch has none. Keys as in joint_loss."""
+def history_of(batch: dict[str, jax.Array]) -> History | None:
+    """What the planner looks back on in a batch (Sec. 3.4), if it has a history. Keys as in joint_loss."""
     if "history_latents" not in batch:
         return None
     latents = batch["history_latents"][:, :, :, 0].swapaxes(1, 2)  # [B, c, W, h, w]
     frames = latents.shape[2]
     valid = jnp.arange(frames) >= frames - batch["video_history_valid_len"][:, None]
-    positions = batch["video_history_frame_indices"]
-    return apply("recall", latents, positions, valid, batch["context"], batch["context_mask"])
+    return History(latents, batch["video_history_frame_indices"], valid)
 
 
 def joint_loss(
@@ -115,7 +113,7 @@ def joint_loss(
     A latent frame is dropped from the loss if all four of its images are padding; a fully padded sample gives 0. An
     action's error is the mean over the numbers that the sample's robot has; the others enter the executor as 0.
 
-    Returns the scalar loss and, by name, its parts and the predictions; with `capture` also the memory, the
+    Returns the scalar loss and, by name, its parts and the predictions; with `capture` also the
     planner output, the routed context and what the modules recorded on the way ("intermediates", by method).
     """
     clean = batch["input_latents"]
@@ -132,14 +130,15 @@ def joint_loss(
         return out
 
     # Planner: the current frame is given, the future is noised.
-    memory = recall_history(apply, batch)
     future = jnp.arange(clean.shape[2]) > 0
     noisy = jnp.where(
         future[:, None, None], flow_matching.mix(clean, noise.video, noise.video_times), clean
     )
     times = noise.video_times[:, None] * future
     positions = batch["video_temporal_position_ids"]
-    planned = apply("plan", noisy, times, positions, text, text_mask, memory, current_only=True)
+    planned = apply(
+        "plan", noisy, times, positions, text, text_mask, history=history_of(batch), current_only=True
+    )
 
     # Router, then executor: every chunk of the horizon at once.
     routed = apply("route", planned.context, batch["obs_latents"], scanned=True)
@@ -176,5 +175,5 @@ def joint_loss(
     }
     if capture:
         recorded["act"] = acted
-        parts |= {"memory": memory, "planned": planned, "routed": routed, "intermediates": recorded}
+        parts |= {"planned": planned, "routed": routed, "intermediates": recorded}
     return loss_video + loss_action, parts

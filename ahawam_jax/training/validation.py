@@ -10,7 +10,7 @@ from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.sampling import denoise
 from ahawam_jax.towers.building import VideoTower
 from ahawam_jax.towers.encoding import encode
-from ahawam_jax.training.objective import masked_mean, present_numbers, recall_history, window
+from ahawam_jax.training.objective import history_of, masked_mean, present_numbers, window
 from ahawam_jax.training.step import Batch
 
 
@@ -29,10 +29,9 @@ def make_open_loop_error(model: AhaWam, steps: int, shift: float) -> Callable[..
         def apply(method: str, *args: Any, **options: Any) -> Any:
             return model.apply({"params": params}, *args, **options, method=method)
 
-        memory = recall_history(apply, inputs)
         times = jnp.zeros(latents.shape[:1] + (1,))
         positions = inputs["video_temporal_position_ids"][:, :1]
-        planned = apply("plan", latents, times, positions, text, text_mask, memory)
+        planned = apply("plan", latents, times, positions, text, text_mask, history=history_of(inputs))
         routed = apply("route", planned.context, inputs["obs_latents"], scanned=True)
         start = inputs["action_offset"]
         recorded = window(inputs["action"], start, horizon).reshape(-1, chunks, length, model.config.action_dim)

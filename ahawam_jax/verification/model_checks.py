@@ -238,21 +238,22 @@ def check_training_loss(suite: Suite, f: Fixture) -> None:
     weights = flow_matching.loss_weight(f["in.timestep_action_per_chunk"].reshape(-1), shift)
     f.compare("out.weight_action_per_chunk", weights)
 
-    planner, condition = seen["plan"]["planner"], seen["plan"]["planner"]["condition"][0]
-    tokens = planner["tokens"][0].shape[2]
+    # Recorded twice where there is a history: the history's first, then the clip's.
+    planner, condition = seen["plan"]["planner"], seen["plan"]["planner"]["condition"][-1]
+    tokens = planner["tokens"][-1].shape[2]
 
     def flat(x):
         return x.reshape(batch, -1, x.shape[-1])
 
-    f.compare("out.video_tokens_in", flat(planner["tokens"][0]))
-    f.compare("out.video_tokens_out", flat(planner["blocks"]["x"][0][-1]))
+    f.compare("out.video_tokens_in", flat(planner["tokens"][-1]))
+    f.compare("out.video_tokens_out", flat(planner["blocks"]["x"][-1][-1]))
     f.compare("out.video_t_mod", np.repeat(condition.modulation, tokens, 1))
 
     # The release trims the history to the longest one in the batch; ours always has W frames, the front ones hidden.
     past = f["out.history_attention_mask"].shape[-1]
-    f.compare("out.history_attention_mask", seen["recall"]["planner"]["condition"][0].mask[:, -past:, -past:])
+    f.compare("out.history_attention_mask", planner["condition"][0].mask[:, -past:, -past:])
     f.compare("out.video_attention_mask", condition.mask[:, :, -f["out.video_attention_mask"].shape[-1] :])
-    remembered = tokens_of(parts["memory"].context)
+    remembered = tokens_of(PlannerContext(*planner["blocks"]["kv"][0]))
     compare_context(f, "out.history{}.", PlannerContext(remembered.k[:, :, -past:], remembered.v[:, :, -past:]))
 
     executor = jax.tree.map(lambda x: x[0], seen["act"]["executor"])  # the only draw

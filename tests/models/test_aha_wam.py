@@ -12,7 +12,7 @@ from flax import linen as nn
 from ahawam_jax.models.aha_wam import AhaWam, abstract_params, empty_memory
 from ahawam_jax.models.dit import Block
 from ahawam_jax.models.memory import PlannerContext
-from ahawam_jax.models.planner import Head, unpatchify
+from ahawam_jax.models.planner import Head, History, unpatchify
 from ahawam_jax.models.router import LayerRouter
 from ahawam_jax.training.objective import Noise, ObjectiveConfig, joint_loss
 from tests.tiny_model import (
@@ -80,7 +80,7 @@ def changed(batch: Batch, name: str, where: Any) -> Batch:
     return batch | {name: value}
 
 
-apply = jax.jit(lambda method, *args: MODEL.apply(PARAMS, *args, method=method), static_argnums=0)
+apply = jax.jit(lambda method, *args, **more: MODEL.apply(PARAMS, *args, **more, method=method), static_argnums=0)
 
 
 def act(batch: Batch, **other: Any) -> jax.Array:
@@ -195,10 +195,12 @@ def test_refreshes_equal_one_causal_pass() -> None:
             assert_close(layer_of(contexts[i], layer), layer_of(planned.context.frame(i), layer))
     assert differs(contexts[-1].k[-1], planned.context.frame(count - 1).k[-1])
 
-    past = slice(0, CONFIG.memory_frames)
-    valid = np.ones((BATCH, CONFIG.memory_frames), bool)
-    recalled = apply("recall", latents[:, :, past], positions[:, past], valid, text, text_mask)
-    assert_close(recalled, memories[CONFIG.memory_frames - 1])
+    past, valid = slice(0, CONFIG.memory_frames), np.ones((BATCH, CONFIG.memory_frames), bool)
+    clip = latents[:, :, CONFIG.memory_frames :], np.full((BATCH, 2), 300.0), positions[:, CONFIG.memory_frames :]
+    history = History(latents[:, :, past], positions[:, past], valid)
+    beside = apply("plan", *clip, text, text_mask, history=history)
+    after = apply("plan", *clip, text, text_mask, memories[CONFIG.memory_frames - 1])
+    assert_close(beside, after)
 
 
 # -------------------------------------------------------------------------------------------------------- padding
@@ -269,16 +271,17 @@ def captured() -> dict[str, Any]:
 
 def test_scanned_planner_equals_its_layers_in_a_row(captured: dict[str, Any]) -> None:
     params, seen = PARAMS["params"]["planner"], captured["intermediates"]["plan"]["planner"]
-    x, condition = seen["tokens"][0], seen["condition"][0]
-    remembered, context = captured["memory"].context, captured["planned"].context
+    (before, x), (condition_before, condition) = seen["tokens"], seen["condition"]
+    context = captured["planned"].context
     one = jax.jit(block(CONFIG.planner_dim, CONFIG.planner_ffn_dim, True).apply)
     for layer in range(CONFIG.num_layers):
         weights = layer_of(params["blocks"], layer)
-        prefix = tuple(y[layer].reshape(BATCH, -1, *y.shape[4:]) for y in (remembered.k, remembered.v))
+        before, remembered = one({"params": weights}, before, None, condition_before)
+        prefix = tuple(y.reshape(BATCH, -1, *y.shape[3:]) for y in remembered)
         x, (k, v) = one({"params": weights}, x, prefix, condition)
         assert_close((k[:, :1], v[:, :1]), (context.k[layer], context.v[layer]))  # of the current frame alone
     head = Head(4 * CONFIG.latent_channels, CONFIG.norm_eps)
-    patches = head.apply({"params": params["head"]}, x, seen["time"][0])
+    patches = head.apply({"params": params["head"]}, x, seen["time"][1])
     assert patches.shape[:2] == (BATCH, FRAMES)
     assert_close(unpatchify(patches, HEIGHT, WIDTH), captured["planned"].velocity)
 
