@@ -4,6 +4,7 @@ Axis letters: B batch, S tokens, N heads, H head width. Norms, angles and softma
 """
 
 import math
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -80,13 +81,42 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     """Softmax attention. A query whose mask allows nothing returns 0, with gradient 0.
 
     q [..., S, N, H], k and v [..., K, N, H], mask broadcastable to [..., S, K], True where allowed
-    -> [..., S, N, H] in the dtype of v.
+    -> [..., S, N, H] in the dtype of v. One kernel where this process's devices have one, else `plain_attention`.
     """
+    if has_kernel(jax.default_backend(), v.dtype, v.shape[-1]):
+        return fused_attention(q, k, v, mask, "cudnn")
+    return plain_attention(q, k, v, mask)
+
+
+def has_kernel(backend: str, dtype: Any, head_dim: int) -> bool:
+    """Whether JAX has attention in one kernel, without scores in memory: cuDNN's, for half precision on GPUs."""
+    return backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+
+
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """The reference form of `attention`, for any backend and dtype; scores and softmax are float32."""
     scores = jnp.einsum("...qnh,...knh->...nqk", q, k, preferred_element_type=jnp.float32)
     scores = scores / math.sqrt(q.shape[-1])
-    if mask is None:
-        weights = jax.nn.softmax(scores, -1)
-    else:
-        mask = mask[..., None, :, :]
-        weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, MASKED), -1), 0.0)
-    return jnp.einsum("...nqk,...knh->...qnh", weights.astype(v.dtype), v)
+    if mask is not None:
+        scores = jnp.where(mask[..., None, :, :], scores, MASKED)
+    weights = jax.nn.softmax(scores, -1).astype(v.dtype)
+    return _nothing_of_nothing(jnp.einsum("...nqk,...knh->...qnh", weights, v), mask)
+
+
+def fused_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, implementation: Literal["cudnn", "xla"]
+) -> jax.Array:
+    """The same by `jax.nn.dot_product_attention`, which knows one leading axis and masks [B, N, S, K]."""
+    lead = jnp.broadcast_shapes(q.shape[:-3], k.shape[:-3])
+    flat = [jnp.broadcast_to(x, (*lead, *x.shape[-3:])).reshape(-1, *x.shape[-3:]) for x in (q, k, v)]
+    allowed = None
+    if mask is not None:
+        whole = (*lead, q.shape[-3], k.shape[-3])
+        allowed = jnp.broadcast_to(mask, whole).reshape(-1, 1, *whole[-2:])
+    out = jax.nn.dot_product_attention(*flat, mask=allowed, implementation=implementation)
+    return _nothing_of_nothing(out.reshape(*lead, *out.shape[1:]), mask)
+
+
+def _nothing_of_nothing(out: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Softmax over nothing is no softmax: 0 for queries that may see nothing. out [..., S, N, H]."""
+    return out if mask is None else jnp.where(mask.any(-1)[..., None, None], out, 0)

@@ -1,5 +1,8 @@
 """Norms, rotary embeddings, time embedding and attention against float64 numpy."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,10 @@ import pytest
 
 from ahawam_jax.models.attention import (
     attention,
+    fused_attention,
+    has_kernel,
     phase,
+    plain_attention,
     rms_norm,
     rotary_angles_1d,
     rotary_angles_3d,
@@ -61,6 +67,54 @@ def test_fully_masked_query_gives_zero_and_zero_gradient(qkv, mask) -> None:
     whole = jax.jit(jax.grad(lambda q, k, v: jnp.square(attention(q, k, v, mask)).sum(), (0, 1, 2)))(*qkv)
     assert all(np.isfinite(part).all() for part in whole)
     assert np.abs(whole[0][1, 0]).max() > 0
+
+
+SHAPES = {  # leading axes of q, of k and v; shape of the mask
+    "planner, frames joined": ((B,), (B,), (B, Q, K)),
+    "executor, a chunk and its context": ((B, 4), (B, 4), None),
+    "planner, text": ((B, 4), (B, 1), (B, 1, 1, K)),
+    "executor, text and own state": ((B, 4), (B, 1), (B, 4, 1, K)),
+    "router, tokens read queries": ((B, 1), (B, 4), None),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_fused_form_is_the_plain_one(name: str) -> None:
+    """Shapes and masks as JAX's own function wants them: its form for all backends, in float32, with gradients."""
+    q_lead, k_lead, mask_shape = SHAPES[name]
+    inputs = normal(4, *q_lead, Q, N, H), normal(5, *k_lead, K, N, H), normal(6, *k_lead, K, N, H)
+    mask = None
+    if mask_shape:
+        mask = np.random.default_rng(7).random(mask_shape) < 0.5
+        mask[0, ..., 0, :] = False
+
+    def run(function: Callable[..., jax.Array]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        def loss(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = function(*inputs, mask)
+            return jnp.sin(out).sum(), out
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*inputs)
+
+    # 2e-6: some roundings of 2^-24, of sums in another order.
+    assert_close(run(partial(fused_attention, implementation="xla")), run(plain_attention), 2e-6)
+
+
+def test_kernel_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch, qkv, mask) -> None:
+    assert has_kernel("gpu", jnp.bfloat16, 128) and has_kernel("gpu", jnp.float16, 24)
+    for backend, dtype, head_dim in (
+        ("cpu", jnp.bfloat16, 128), ("tpu", jnp.bfloat16, 128), ("gpu", jnp.float32, 128), ("gpu", jnp.bfloat16, 20),
+        ("gpu", jnp.bfloat16, 256),
+    ):  # fmt: skip
+        assert not has_kernel(backend, dtype, head_dim)
+    asked = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda q, *_, **options: asked.append(options["implementation"]) or q
+    )
+    attention(*qkv, mask)
+    assert not asked
+    attention(*(x.astype(jnp.bfloat16) for x in qkv), mask)
+    assert asked == ["cudnn"]
 
 
 @pytest.mark.parametrize("width", [128, 44, 12])
