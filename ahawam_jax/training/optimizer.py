@@ -1,10 +1,15 @@
-"""AdamW with warm-up and cosine decay, clipping and an exponential moving average of the parameters."""
+"""AdamW with warm-up and cosine decay, clipping, and parameters that are not trained."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+MOMENT_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +26,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     ema_decay: float = 0.0  # 0 keeps no average
     accumulate: int = 1  # microbatches per step
+    freeze: str = ""  # regular expression: parameters whose path it matches from the start are not trained
+    moment_dtype: str = "float32"  # of Adam's two moments in memory; arithmetic is float32
 
     def __post_init__(self) -> None:
         if self.warmup_steps and self.warmup_fraction:
@@ -30,6 +37,15 @@ class OptimizerConfig:
             )
         if not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"config.optimizer.warmup_fraction is {self.warmup_fraction:g}, expected 0 to below 1.")
+        if self.moment_dtype not in MOMENT_DTYPES:
+            raise ValueError(
+                f"config.optimizer.moment_dtype is {self.moment_dtype!r}, expected {' or '.join(MOMENT_DTYPES)}."
+            )
+        if self.moment_dtype == "bfloat16" and self.b2 > 0.99:
+            raise ValueError(
+                f"config.optimizer.b2 is {self.b2:g} and moment_dtype bfloat16, whose steps of 1/256 are larger than "
+                "what one step changes of the second moment; take b2 of 0.99 at most, or float32."
+            )
 
     def warmup(self, steps: int) -> int:
         """Steps of warm-up in a run of `steps` steps."""
@@ -49,9 +65,47 @@ def _decays(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
 
 
+def split(params: Any, freeze: str) -> tuple[Any, Any]:
+    """The parameters to train and the frozen ones, each without the other's branches; `join` puts them together.
+
+    Raises ValueError for an expression that matches no path, or all of them.
+    """
+    leaves = flatten_dict(params, sep="/")
+    frozen = {path: x for path, x in leaves.items() if freeze and re.match(freeze, path)}
+    if freeze and len(frozen) in (0, len(leaves)):
+        raise ValueError(
+            f"config.optimizer.freeze {freeze!r} matches {'all' if frozen else 'none'} of the parameters' paths; they "
+            f"begin with {', '.join(sorted({path.partition('/')[0] for path in leaves}))}."
+        )
+    trained = {path: x for path, x in leaves.items() if path not in frozen}
+    return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
+
+
+def join(trained: Any, frozen: Any) -> Any:
+    """The whole tree of what `split` took apart."""
+    return unflatten_dict(flatten_dict(trained, sep="/") | flatten_dict(frozen, sep="/"), sep="/")
+
+
+def stored_in(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same rule, whose state between two steps is kept in dtype, counters excepted."""
+
+    def cast(state: Any, to: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(gradient, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
+
+
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The update rule for a run of `steps` steps."""
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm),
-        optax.adamw(learning_rate(cfg, steps), b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=_decays),
-    )
+    """The update rule for a run of `steps` steps: of all parameters it makes the state of those to train.
+
+    Gradients, and the parameters beside them, are those of `split`'s first part.
+    """
+    adam = optax.adamw(learning_rate(cfg, steps), b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=_decays)
+    if cfg.moment_dtype != "float32":
+        adam = stored_in(cfg.moment_dtype, adam)
+    rule = optax.chain(optax.clip_by_global_norm(cfg.clip_norm), adam)
+    return optax.GradientTransformation(lambda params: rule.init(split(params, cfg.freeze)[0]), rule.update)

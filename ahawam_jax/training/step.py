@@ -15,7 +15,7 @@ from ahawam_jax.models.aha_wam import AhaWam, init
 from ahawam_jax.towers.building import VideoTower
 from ahawam_jax.towers.encoding import encode
 from ahawam_jax.training.objective import ObjectiveConfig, joint_loss, sample_noise
-from ahawam_jax.training.optimizer import OptimizerConfig
+from ahawam_jax.training.optimizer import OptimizerConfig, join, split
 
 Batch = dict[str, jax.Array]
 
@@ -51,20 +51,22 @@ def make_train_step(
     was skipped, else 0.
     """
 
-    def loss_and_gradient(params, batch, key):
-        def loss_fn(params):
+    def loss_and_gradient(trained, frozen, batch, key):
+        def loss_fn(trained):
+            params = join(trained, frozen)
             return joint_loss(model, params, batch, sample_noise(key, batch, model, objective), objective)
 
-        (loss, parts), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        (loss, parts), gradient = jax.value_and_grad(loss_fn, has_aux=True)(trained)
         return {"loss": loss, "loss_video": parts["loss_video"], "loss_action": parts["loss_action"]}, gradient
 
     def train_step(state: TrainState, batch: Batch, tower: VideoTower, key: jax.Array):
         key = jax.random.fold_in(key, state.step)
         count = optimizer.accumulate
+        trained, frozen = split(state.params, optimizer.freeze)
 
         def one(micro, index):
             inputs = encode(micro, tower)
-            return loss_and_gradient(state.params, inputs, jax.random.fold_in(key, index))
+            return loss_and_gradient(trained, frozen, inputs, jax.random.fold_in(key, index))
 
         if count == 1:
             metrics, gradient = one(batch, 0)
@@ -78,8 +80,8 @@ def make_train_step(
             )
             metrics, gradient = jax.tree.map(lambda x: x / count, total)
 
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = tx.update(gradient, state.opt_state, trained)
+        params = join(optax.apply_updates(trained, updates), frozen)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         ema = state.ema
         if ema is not None:
