@@ -185,7 +185,8 @@ def _layer_with_history(
 ) -> tuple[tuple[jax.Array, jax.Array], KV]:
     """The history's tokens go through the block, then the clip's, which look back on them."""
     before, now = x
-    before, kv = jax.lax.stop_gradient(block(before, None, conditions[0]))
+    with jax.named_scope("recall"):  # so that what is spent on the history can be told from the rest
+        before, kv = jax.lax.stop_gradient(block(before, None, conditions[0]))
     k, v = checkpoint_name(kv, PLANNED)
     now, out = _layer(kept, block, now, (_joined(k, 1), _joined(v, 1)), conditions[1])
     return (before, now), out

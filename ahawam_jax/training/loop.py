@@ -20,9 +20,10 @@ from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.towers.building import build_text_tower, build_video_tower
 from ahawam_jax.training import hosts, sharding
+from ahawam_jax.training.adapters import without_adapters
 from ahawam_jax.training.data import Data, open_data
 from ahawam_jax.training.objective import ObjectiveConfig
-from ahawam_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from ahawam_jax.training.optimizer import OptimizerConfig, join, learning_rate, make_optimizer
 from ahawam_jax.training.resuming import check_config, check_length, read_record, steps_of, write_config
 from ahawam_jax.training.step import TrainState, create_state, make_train_step
 from ahawam_jax.training.stopping import Interrupted, Requests, others_may_be_lost, with_votes
@@ -153,7 +154,8 @@ def _train(config: ConfigDict, workdir: Path, owner: Owner | None, accept_change
 
     tx = make_optimizer(optimizer, config.train.steps)
     key = jax.random.key(config.seed)
-    state, layout = initial_state(model, tx, key, optimizer.ema_decay > 0, mesh, checkpoints, config.init)
+    ema = optimizer.ema_decay > 0
+    state, layout = initial_state(model, tx, key, ema, mesh, checkpoints, config.init, optimizer)
     start = int(state.step)
     run = {"config": asked, "steps": config.train.steps, **data.record}
     step_fn = jax.jit(
@@ -215,29 +217,31 @@ def _train(config: ConfigDict, workdir: Path, owner: Owner | None, accept_change
 
 def state_bytes(model: AhaWam, optimizer: OptimizerConfig) -> int:
     """Of a whole train state."""
-    tx, key = make_optimizer(optimizer, 1), jax.random.key(0)
-    return sharding.state_size(jax.eval_shape(lambda: create_state(model, tx, key, optimizer.ema_decay > 0)))
+    tx, key, ema = make_optimizer(optimizer, 1), jax.random.key(0), optimizer.ema_decay > 0
+    return sharding.state_size(jax.eval_shape(lambda: create_state(model, tx, key, ema, optimizer)))
 
 
 def initial_state(
     model: AhaWam, tx: Any, key: jax.Array, ema: bool, mesh: jax.sharding.Mesh, checkpoints: Checkpoints,
-    start_from: str = "",
+    start_from: str = "", lora: OptimizerConfig | None = None,
 ) -> tuple[TrainState, Any]:  # fmt: skip
     """The newest checkpoint's state, or a fresh one, made sharded; and its shardings.
 
     start_from: a workdir or checkpoint step whose deployed parameters a fresh state begins with (config.init).
+    lora: where adapters are described, if at all.
     """
-    boxed = jax.eval_shape(lambda: create_state(model, tx, key, ema))
+    boxed = jax.eval_shape(lambda: create_state(model, tx, key, ema, lora))
     layout, like = sharding.shardings(boxed, mesh), sharding.abstract(boxed, mesh)
     if checkpoints.latest is not None:
         return checkpoints.restore_state(checkpoints.latest, like), layout
-    create = jax.jit(lambda: nn.unbox(create_state(model, tx, key, ema)), out_shardings=layout)
+    create = jax.jit(lambda: nn.unbox(create_state(model, tx, key, ema, lora)), out_shardings=layout)
     state = create()
     if start_from:
+        _, adapters = without_adapters(state.params)
         state = state.replace(params=None, ema=None)  # their memory is needed
         workdir, step = find_step(start_from)
         source = Checkpoints(workdir)
-        params = source.restore_params(step, like.params)
+        params = join(source.restore_params(step, without_adapters(like.params)[0]), adapters)
         source.close()
         average = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=layout.ema)(params) if ema else None
         state = state.replace(params=params, ema=average)
@@ -248,7 +252,7 @@ def _validate(config, data, state, mesh, open_loop_error, tower) -> float:
     """Mean absolute error of sampled chunks on held-out episodes, in normalised units."""
     if not data.validation:
         return float("nan")
-    params = state.params if state.ema is None else state.ema
+    params = state.deploy
     size = config.data.batch_size
     count = min(VALIDATION_BATCHES, sum(source.rows for source in data.validation) // size)
     batches = evaluation_batches(data.validation, data.windows, size, count, sharding.batch_rows(mesh, size))

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ahawam_jax.training.adapters import A, B
+
 MOMENT_DTYPES = ("float32", "bfloat16")
 
 
@@ -28,6 +30,9 @@ class OptimizerConfig:
     accumulate: int = 1  # microbatches per step
     freeze: str = ""  # regular expression: parameters whose path it matches from the start are not trained
     moment_dtype: str = "float32"  # of Adam's two moments in memory; arithmetic is float32
+    lora_targets: str = ""  # regular expression: kernels whose path it matches are trained as adapters
+    lora_rank: int = 16
+    lora_alpha: float = 16.0  # adapters count lora_alpha / lora_rank
 
     def __post_init__(self) -> None:
         if self.warmup_steps and self.warmup_fraction:
@@ -37,6 +42,13 @@ class OptimizerConfig:
             )
         if not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"config.optimizer.warmup_fraction is {self.warmup_fraction:g}, expected 0 to below 1.")
+        if self.lora_targets and self.ema_decay:
+            raise ValueError(
+                f"config.optimizer.ema_decay is {self.ema_decay:g} with lora_targets: an average of adapters is not "
+                "that of the kernels that they make; set ema_decay to 0."
+            )
+        if self.lora_rank < 1:
+            raise ValueError(f"config.optimizer.lora_rank is {self.lora_rank}, expected at least 1.")
         if self.moment_dtype not in MOMENT_DTYPES:
             raise ValueError(
                 f"config.optimizer.moment_dtype is {self.moment_dtype!r}, expected {' or '.join(MOMENT_DTYPES)}."
@@ -46,6 +58,11 @@ class OptimizerConfig:
                 f"config.optimizer.b2 is {self.b2:g} and moment_dtype bfloat16, whose steps of 1/256 are larger than "
                 "what one step changes of the second moment; take b2 of 0.99 at most, or float32."
             )
+
+    @property
+    def lora_scale(self) -> float:
+        """What adapters are multiplied with when they are merged."""
+        return self.lora_alpha / self.lora_rank
 
     def warmup(self, steps: int) -> int:
         """Steps of warm-up in a run of `steps` steps."""
@@ -68,6 +85,8 @@ def _decays(params: Any) -> Any:
 def split(params: Any, freeze: str) -> tuple[Any, Any]:
     """The parameters to train and the frozen ones, each without the other's branches; `join` puts them together.
 
+    Kernels with adapters are frozen, the adapters never.
+
     Raises ValueError for an expression that matches no path, or all of them.
     """
     leaves = flatten_dict(params, sep="/")
@@ -77,6 +96,8 @@ def split(params: Any, freeze: str) -> tuple[Any, Any]:
             f"config.optimizer.freeze {freeze!r} matches {'all' if frozen else 'none'} of the parameters' paths; they "
             f"begin with {', '.join(sorted({path.partition('/')[0] for path in leaves}))}."
         )
+    frozen |= {path: x for path, x in leaves.items() if path.removesuffix("kernel") + A in leaves}
+    frozen = {path: x for path, x in frozen.items() if not path.endswith((A, B))}
     trained = {path: x for path, x in leaves.items() if path not in frozen}
     return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
 

@@ -14,6 +14,7 @@ import optax
 from ahawam_jax.models.aha_wam import AhaWam, init
 from ahawam_jax.towers.building import VideoTower
 from ahawam_jax.towers.encoding import encode
+from ahawam_jax.training.adapters import add_adapters, merged
 from ahawam_jax.training.objective import ObjectiveConfig, joint_loss, sample_noise
 from ahawam_jax.training.optimizer import OptimizerConfig, join, split
 
@@ -28,18 +29,24 @@ class TrainState:
     params: Any
     opt_state: optax.OptState
     ema: Any  # like params, or None
+    lora_scale: float = flax.struct.field(pytree_node=False, default=1.0)  # of the adapters among params
 
     @property
     def deploy(self) -> Any:
-        """Parameters to deploy: the average, if there is one."""
-        return self.params if self.ema is None else self.ema
+        """Parameters to deploy: the average, if there is one; adapters merged."""
+        return merged(self.params if self.ema is None else self.ema, self.lora_scale)
 
 
-def create_state(model: AhaWam, tx: optax.GradientTransformation, key: jax.Array, ema: bool) -> TrainState:
-    """A fresh state whose leaves are boxed with their logical axes."""
-    params = init(model, key)
+def create_state(
+    model: AhaWam, tx: optax.GradientTransformation, key: jax.Array, ema: bool, lora: OptimizerConfig | None = None
+) -> TrainState:
+    """A fresh state whose leaves are boxed with their logical axes. lora: where adapters are described, if at all."""
+    params, scale = init(model, key), 1.0
+    if lora is not None and lora.lora_targets:
+        key = jax.random.fold_in(key, 1)
+        params, scale = add_adapters(params, lora.lora_targets, lora.lora_rank, key), lora.lora_scale
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average, scale)
 
 
 def make_train_step(
@@ -53,7 +60,7 @@ def make_train_step(
 
     def loss_and_gradient(trained, frozen, batch, key):
         def loss_fn(trained):
-            params = join(trained, frozen)
+            params = merged(join(trained, frozen), optimizer.lora_scale)
             return joint_loss(model, params, batch, sample_noise(key, batch, model, objective), objective)
 
         (loss, parts), gradient = jax.value_and_grad(loss_fn, has_aux=True)(trained)
@@ -94,6 +101,7 @@ def make_train_step(
         kept = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), learned, (state.params, state.opt_state, state.ema)
         )
-        return TrainState(state.step + 1, *kept), metrics
+        params, opt_state, ema = kept
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     return train_step
