@@ -38,23 +38,28 @@ def test_products_live_until_they_are_read() -> None:
 
 
 def test_elementwise_operations_take_no_memory_but_keep_what_they_read() -> None:
-    def gated(x: jax.Array) -> jax.Array:
+    def waves(x: jax.Array) -> jax.Array:
         a = x @ x
-        b = jnp.tanh(a) * 2 + 1
-        c = (a + 1) @ x
-        return (c @ x) * b
+        b, c, d = jnp.tanh(a), jnp.exp(a), jnp.sin(a)
+        return (b * c + d) @ x
 
-    # a, for b is computed at the end; the two products after it; what (a + 1) is, as a product reads it.
-    assert peak(gated, SQUARE) == 3 * ONE
+    def late(x: jax.Array) -> jax.Array:
+        a = x @ x
+        b = jnp.tanh(a)
+        return ((x @ x.T) @ x) * b
+
+    assert peak(waves, SQUARE) == 2 * ONE  # a and what the product reads, then that and the result
+    assert peak(late, SQUARE) == 3 * ONE  # a, as b is computed at the end, and two products
 
 
-def test_a_loop_holds_its_results_from_the_beginning() -> None:
-    def layers(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y = x @ x
-        return jax.lax.scan(lambda x, _: (x @ x, x), y, None, length=7)
+def test_loops_hold_what_they_stack_from_the_beginning() -> None:
+    def layers(x: jax.Array) -> jax.Array:
+        for _ in range(2):
+            x, stacked = jax.lax.scan(lambda x, _: (x @ x, x), x @ x, None, length=7)
+            x = stacked.sum(0) @ x
+        return x
 
-    stacked = 7 * ONE
-    assert peak(layers, SQUARE) == pytest.approx(stacked + 2 * ONE, abs=ONE)
+    assert peak(layers, SQUARE) == pytest.approx(2 * 7 * ONE + 2 * ONE, abs=ONE)
 
 
 def test_a_device_holds_its_own_rows() -> None:
