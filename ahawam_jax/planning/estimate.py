@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from flax.core.meta import AxisMetadata
@@ -86,8 +87,8 @@ class Estimate:
     @property
     def checkpoint(self) -> tuple[int, int]:
         """Bytes on disk of all that a run resumes from, and of the parameters to deploy."""
-        state = self.subject.state
-        return _bytes(state), _bytes(state.deploy)
+        state = nn.unbox(self.subject.boxed)
+        return _bytes(state), _bytes(jax.eval_shape(lambda state: state.deploy, state))
 
 
 def estimate(config: ConfigDict, cluster: Cluster) -> Estimate:

@@ -93,7 +93,7 @@ def _training(config: ConfigDict) -> tuple[AhaWam, OptimizerConfig, optax.Gradie
     """Model, optimizer, its update rule and the abstract state with logical axes."""
     net, optimizer = AhaWam(ModelConfig.create(config.model)), OptimizerConfig(**config.optimizer)
     tx = make_optimizer(optimizer, config.train.steps or NOMINAL_STEPS)
-    boxed = jax.eval_shape(lambda: create_state(net, tx, jax.random.key(0), optimizer.ema_decay > 0))
+    boxed = jax.eval_shape(lambda: create_state(net, tx, jax.random.key(0), optimizer.ema_decay > 0, optimizer))
     return net, optimizer, tx, boxed
 
 

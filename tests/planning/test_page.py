@@ -44,6 +44,20 @@ def test_the_page_adds_up(one: Estimate) -> None:
     assert one.mfu(one.seconds) <= one.mfu(one.floor) <= 0.78  # here traffic bounds both
 
 
+def test_what_is_not_trained_has_no_moments_and_no_gradient() -> None:
+    config = get_config()
+    config.optimizer.update(freeze="planner", lora_targets="planner/blocks/(q|k)", lora_rank=2)
+    found = estimate(config, make_cluster("h100", "1x1x1", 1))
+    (whole, _), (moments, _) = found.state["parameters"], found.state["first moments"]
+    assert moments < 0.7 * whole  # the planner's are most
+    assert found.operations["planner", "backward"] > 0  # on the way to the adapters
+    saved, deployed = found.checkpoint
+    assert deployed < whole  # adapters are merged
+    assert saved == pytest.approx(whole + 2 * moments, abs=100)  # and counters
+    config.optimizer.lora_targets = ""
+    assert not estimate(config, make_cluster("h100", "1x1x1", 1)).operations["planner", "backward"]
+
+
 def test_what_does_not_fit_is_said(one: Estimate) -> None:
     tight = dataclasses.replace(one, cluster=small(one.cluster, one.memory))
     assert "DOES NOT FIT: 100% of" in page(tight)
