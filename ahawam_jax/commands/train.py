@@ -4,7 +4,9 @@
 
 Resumes if DIR holds a checkpoint, on the data it was trained on: what has changed of them is named, and only
 --accept-changed-data goes on with it. Ctrl-C and SIGTERM save a checkpoint and stop. Writes DIR/checkpoints,
-DIR/metrics.jsonl (a line per step) and DIR/tensorboard.
+DIR/metrics.jsonl (a line per step), DIR/tensorboard and DIR/goodput.json (where the time went); a crash leaves
+DIR/crash.json.
+--wandb=PROJECT shows the scalars there, too; --profile=100:105 traces these steps into DIR/profile.
 
 Started by srun, mpirun, as a GKE JobSet or on every worker of a TPU-VM, the processes make up one job by themselves.
 Elsewhere each is told: --coordinator=HOST:PORT --process=0 --processes=4, or JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID
@@ -30,17 +32,23 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "Of a job of several proc
 PROCESS = flags.DEFINE_integer("process", None, "Number of this process in the job, from 0.")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the job has.")
 
+PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST, steps to profile into WORKDIR/profile.")
+WANDB = flags.DEFINE_string("wandb", "", "Project of Weights & Biases that shows the scalars, too.")
+
 
 def _train(argv: list[str]) -> None:
     require(argv, CONFIG, WORKDIR)
     from ahawam_jax.training.clusters import find_job
     from ahawam_jax.training.hosts import join
     from ahawam_jax.training.loop import train
+    from ahawam_jax.training.metrics import Monitoring
+    from ahawam_jax.training.profiling import parse_window
     from ahawam_jax.training.stopping import REQUEUE, Interrupted, LostProcess, end
 
     try:
         join(find_job(os.environ, COORDINATOR.value, PROCESS.value, PROCESSES.value))
-        train(CONFIG.value, WORKDIR.value, ACCEPT.value)
+        monitoring = Monitoring(parse_window(PROFILE.value), WANDB.value)
+        train(CONFIG.value, WORKDIR.value, ACCEPT.value, monitoring)
     except (ValueError, OSError, FloatingPointError) as error:
         end(1, f"error: {error}")
     except LostProcess as lost:

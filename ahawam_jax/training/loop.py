@@ -1,7 +1,8 @@
 """The training loop, top to bottom: data, state, resume, steps, logs, validation, checkpoints."""
 
 import json
-import time
+import socket
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from ahawam_jax.checkpoints import Checkpoints, find_step
 from ahawam_jax.models.aha_wam import AhaWam
@@ -21,15 +18,18 @@ from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.towers.building import build_text_tower, build_video_tower
 from ahawam_jax.training import hosts, sharding
 from ahawam_jax.training.adapters import without_adapters
+from ahawam_jax.training.crash import leaves_behind
 from ahawam_jax.training.data import Data, open_data
+from ahawam_jax.training.goodput import Goodput
+from ahawam_jax.training.metrics import PLAIN, Log, Monitoring, Wandb
 from ahawam_jax.training.objective import ObjectiveConfig
 from ahawam_jax.training.optimizer import OptimizerConfig, join, learning_rate, make_optimizer
+from ahawam_jax.training.profiling import Profile
 from ahawam_jax.training.resuming import check_config, check_length, read_record, steps_of, write_config
 from ahawam_jax.training.step import TrainState, create_state, make_train_step
 from ahawam_jax.training.stopping import Interrupted, Requests, others_may_be_lost, with_votes
 from ahawam_jax.training.validation import make_open_loop_error
 from ahawam_jax.training.watch import Watch
-from data_pipelines.disk import writing
 from data_pipelines.loader import evaluation_batches, make_loader
 from data_pipelines.ownership import Owner
 from data_pipelines.paths import local_path, refuse_addresses
@@ -39,72 +39,9 @@ from data_pipelines.statistics import describe_losses
 VALIDATION_BATCHES = 4
 
 
-class Log:
-    """metrics.jsonl with one line per step, and TensorBoard scalars, both written by the first process alone.
-
-    Raises DiskError where they cannot be written; `checkpoints` say what is safe then.
-    """
-
-    def __init__(self, workdir: Path, start: int, checkpoints: Checkpoints):
-        self._checkpoints = checkpoints
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._writes = jax.process_index() == 0
-        if not self._writes:
-            return
-        self.path = workdir / "metrics.jsonl"
-        kept = []
-        if self.path.exists():  # a resumed run writes the steps after its checkpoint again
-            kept = [line for line in self.path.read_text().splitlines(True) if _step(line, start)]
-        with writing(self.path, checkpoints.safe):
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            temporary.replace(self.path)
-        self._boards = workdir / "tensorboard"
-        with writing(self._boards, checkpoints.safe):
-            self._boards.mkdir(exist_ok=True)
-            # Not SummaryWriter: its thread dies of a full disk, and then everybody waits for it.
-            self._board = EventsWriter(str(self._boards / "events"))
-            # What an interrupted run wrote from here on is not shown.
-            self._board.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
-
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Remembers a step's metrics without waiting for them."""
-        self._pending.append((step, metrics))
-
-    def flush(self) -> dict[str, float]:
-        """Writes what is pending and returns its means, over finite values. In the file, others are null."""
-        rows = [(step, {k: float(v) for k, v in m.items()}) for step, m in jax.device_get(self._pending)]
-        self._pending = []
-        if self._writes:
-            with writing(self.path, self._checkpoints.safe), self.path.open("a") as file:
-                for step, row in rows:
-                    values = {name: value if np.isfinite(value) else None for name, value in row.items()}
-                    file.write(json.dumps({"step": step, **values}) + "\n")
-        names = rows[0][1] if rows else ()
-        finite = {name: [row[name] for _, row in rows if np.isfinite(row[name])] for name in names}
-        means = {name: float(np.mean(values)) if values else float("nan") for name, values in finite.items()}
-        if rows:
-            self.scalars(rows[-1][0], means)
-        return means
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """TensorBoard scalars of one step."""
-        if not self._writes:
-            return
-        with writing(self._boards, self._checkpoints.safe):
-            for name, value in values.items():
-                self._board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
-            self._board.flush()
-
-
-def _step(line: str, start: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= start
-    except (ValueError, TypeError, KeyError):  # the last line of a killed run may be cut off
-        return False
-
-
-def train(config: ConfigDict, workdir: str | Path, accept_changed_data: bool = False) -> float:
+def train(
+    config: ConfigDict, workdir: str | Path, accept_changed_data: bool = False, monitoring: Monitoring = PLAIN
+) -> float:
     """Trains config into workdir, resuming if it holds a checkpoint. Returns the last open-loop error.
 
     accept_changed_data: go on although the data are not those that the checkpoint was trained on.
@@ -119,10 +56,14 @@ def train(config: ConfigDict, workdir: str | Path, accept_changed_data: bool = F
     with others_may_be_lost():
         hosts.agree(hosts.fields(asked) | hosts.environment())
         with hosts.owned_by_first(workdir) as owner:
-            return _train(config, workdir, owner, accept_changed_data)
+            with Goodput(workdir / "goodput.json") as goodput:
+                return _train(config, workdir, owner, accept_changed_data, monitoring, goodput)
 
 
-def _train(config: ConfigDict, workdir: Path, owner: Owner | None, accept_changed_data: bool) -> float:
+def _train(
+    config: ConfigDict, workdir: Path, owner: Owner | None, accept_changed_data: bool, monitoring: Monitoring,
+    goodput: Goodput,
+) -> float:  # fmt: skip
     model = AhaWam(ModelConfig.create(config.model))
     objective, optimizer = ObjectiveConfig(**config.objective), OptimizerConfig(**config.optimizer)
     with hosts.together():
@@ -168,8 +109,12 @@ def _train(config: ConfigDict, workdir: Path, owner: Owner | None, accept_change
         data.train, data.windows, config.data.batch_size, config.seed, places, start, config.data.workers
     )
     schedule = learning_rate(optimizer, config.train.steps)
-    log, error = Log(workdir, start, checkpoints), float("nan")
+    first = jax.process_index() == 0
+    boards = [Wandb(monitoring.wandb, workdir, asked)] if monitoring.wandb and first else []
+    log, error = Log(workdir, start, checkpoints, boards=boards), float("nan")
     _banner(config, model, data, mesh, start)
+    shortest = _shortest_step(monitoring.work(config), mesh.size) if first else None
+    facts = {"config": asked, "mesh": sharding.describe_mesh(mesh), "hosts": hosts.gather(socket.gethostname())}
 
     def save() -> None:
         log.flush()
@@ -178,40 +123,59 @@ def _train(config: ConfigDict, workdir: Path, owner: Owner | None, accept_change
         position = {"batches": int(state.step), "seed": config.seed}
         checkpoints.save(state, run | {"data_position": position})
 
-    timer, line = _Timer(start), StatusLine()
+    line = StatusLine()
     watch, to_save = Watch(config.train.max_bad_steps, lambda step: say(f"step {step} was skipped")), False
-    with sharding.activation_rules(mesh), Requests(config.train.checkpoint_minutes) as requests:
+
+    def finish() -> None:
+        with goodput.spent("checkpoint"):
+            checkpoints.close()
+        goodput.write(checkpoints.safe)
+        say(goodput.describe())
+
+    goodput.started(start)
+    with (
+        leaves_behind(workdir, facts, log), Profile(monitoring.profile, workdir / "profile") as profile,
+        sharding.activation_rules(mesh), Requests(config.train.checkpoint_minutes) as requests,
+    ):  # fmt: skip
         if start == config.train.steps:  # nothing left to train: a demo that was stopped later still reports it
             error = _validate(config, data, state, mesh, open_loop_error, tower)
         for step in range(start + 1, config.train.steps + 1):
             last = step == config.train.steps
-            with timer.waiting():
-                batch = data.put(next(loader), mesh)
+            profile.before(step)
+            batch = data.put(next(loader), mesh)
             checkpoints.check()
-            state, metrics, request = step_fn(state, batch, tower, key, requests.votes(mesh))
+            goodput.batch(batch)
+            with goodput.spent("compile") if step == start + 1 else nullcontext():
+                state, metrics, request = step_fn(state, batch, tower, key, requests.votes(mesh))
+            goodput.step(metrics)
+            profile.after(step, metrics)
             log.add(step, metrics)
             watch.add(step, request, metrics["skipped"])
             if step % config.train.log_every == 0 or last:
                 means = log.flush()
-                log.scalars(step, {"learning_rate": float(schedule(step))})
-                line.show(_progress(step, config, means, timer.read(step)), last)
+                seconds, waited = goodput.rate(step)
+                rates = {"step_seconds": seconds, "data_wait": waited}
+                rates |= {} if shortest is None else {"mfu": shortest / seconds}
+                log.scalars(step, {"learning_rate": float(schedule(step)), **rates})
+                line.show(_progress(step, config, means, rates), last)
             if step % config.train.validate_every == 0 or last:
-                error = _validate(config, data, state, mesh, open_loop_error, tower)
+                with goodput.spent("validation"):
+                    error = _validate(config, data, state, mesh, open_loop_error, tower)
                 log.scalars(step, {"open_loop_error": error})
                 say(f"step {step}: open-loop error {error:.4f} in normalised units")
-                timer.skip(step)
             to_save |= step % config.train.checkpoint_every == 0 or last or watch.stop or watch.save
             if to_save:
                 watch.catch_up()
             if to_save and (not watch.skipped or last or watch.stop):  # else after the first step that is finite again
-                save()
+                with goodput.spent("checkpoint"):
+                    save()
+                goodput.write(checkpoints.safe)
                 requests.saved()
                 to_save = watch.save = False
-                timer.skip(step)
             if watch.stop and not last:
-                checkpoints.close()
+                finish()
                 raise Interrupted(f"Stopped at step {step}; the same command resumes there.")
-    checkpoints.close()
+        finish()
     return error
 
 
@@ -263,38 +227,25 @@ def _validate(config, data, state, mesh, open_loop_error, tower) -> float:
     return float(jnp.mean(jnp.stack(errors)))
 
 
-class _Timer:
-    """Rates since the last reading, without validation and checkpoints."""
-
-    def __init__(self, step: int):
-        self.skip(step)
-
-    def skip(self, step: int) -> None:
-        self._step, self._since, self._waited = step, time.monotonic(), 0.0
-
-    def waiting(self) -> "_Timer":
-        return self
-
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._waited += time.monotonic() - self._began
-
-    def read(self, step: int) -> tuple[float, float]:
-        """(seconds per step, share of time spent waiting for data)"""
-        elapsed = time.monotonic() - self._since
-        rate = elapsed / max(step - self._step, 1), self._waited / max(elapsed, 1e-9)
-        self.skip(step)
-        return rate
+def _shortest_step(work: tuple[float, float] | None, devices: int) -> float | None:
+    """Seconds that a step takes where MFU is 1, said with what they follow from."""
+    if work is None:
+        return None
+    operations, most = work
+    shortest = operations / most / devices
+    say(
+        f"a step is {operations:.4g} operations, of which {devices} devices do {devices * most:.4g} a second at most: "
+        f"MFU is {shortest:.3g} s by the seconds of a step"
+    )
+    return shortest
 
 
-def _progress(step: int, config: ConfigDict, means: dict[str, float], rate: tuple[float, float]) -> str:
-    seconds, wait = rate
+def _progress(step: int, config: ConfigDict, means: dict[str, float], rates: dict[str, float]) -> str:
+    seconds, mfu = rates["step_seconds"], f"  MFU {rates['mfu']:.1%}" if "mfu" in rates else ""
     return (
         f"step {step}/{config.train.steps}  loss {means['loss']:.4f} (video {means['loss_video']:.4f}, action "
-        f"{means['loss_action']:.4f})  {config.data.batch_size / seconds:.0f} samples/s  data wait {wait:.0%}  "
-        f"ETA {clock(seconds * (config.train.steps - step))}"
+        f"{means['loss_action']:.4f})  {config.data.batch_size / seconds:.0f} samples/s{mfu}  "
+        f"data wait {rates['data_wait']:.0%}  ETA {clock(seconds * (config.train.steps - step))}"
     )
 
 

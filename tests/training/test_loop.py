@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ahawam_jax.checkpoints import CheckpointError, Checkpoints
+from ahawam_jax.checkpoints import CheckpointError
 from ahawam_jax.inference.policy import Policy
-from ahawam_jax.training.loop import Log, train
+from ahawam_jax.training.loop import train
 from ahawam_jax.training.stopping import REQUEUE
-from data_pipelines.disk import DiskError
 from data_pipelines.normalization import Normalization
 from data_pipelines.ownership import OwnedError, owned
 from data_pipelines.readers.layouts import LAYOUTS
@@ -242,14 +241,6 @@ def test_a_mixture_that_skips_everything(config: ConfigDict, tmp_path: Path) -> 
         train(config, tmp_path / "run")
 
 
-def test_values_that_are_not_finite_are_null_and_no_part_of_a_mean(tmp_path: Path) -> None:
-    log = Log(tmp_path, 0, Checkpoints(tmp_path))
-    for step, loss in enumerate((2.0, 1.0, np.inf), 1):
-        log.add(step, {"loss": np.float32(loss)})
-    assert log.flush() == {"loss": 1.5}
-    assert [row["loss"] for row in curve(tmp_path)] == [2, 1, None]
-
-
 def test_one_process_trains_in_a_workdir(uninterrupted: Path, config: ConfigDict) -> None:
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     with owned(uninterrupted), pytest.raises(OwnedError, match=rf"is being written by process {os.getpid()} on"):
@@ -273,19 +264,3 @@ def test_a_damaged_newest_checkpoint_is_not_passed_over(
     with pytest.raises(CheckpointError, match="To resume training from it, remove "):
         train(config, workdir)
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == before
-
-
-def test_logs_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = Log(tmp_path, 0, Checkpoints(tmp_path))
-    log.add(1, {"loss": np.float32(1)})
-    log.flush()
-    (event,) = (tmp_path / "tensorboard").iterdir()
-    assert b"loss" in event.read_bytes() and curve(tmp_path) == [{"step": 1, "loss": 1.0}]
-    (tmp_path / "metrics.jsonl").unlink()
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    log.add(2, {"loss": np.float32(1)})
-    with pytest.raises(DiskError, match="metrics.jsonl cannot be written: its disk is full.* No step was"):
-        log.flush()
-    with open("/dev/full", "wb", 0) as full, pytest.raises(DiskError, match="tensorboard cannot be written"):
-        monkeypatch.setattr(log._board, "write_event", lambda event: full.write(event.SerializeToString()))
-        log.scalars(2, {"loss": 1.0})
