@@ -320,7 +320,7 @@ def test_a_run_on_changed_data(
     config.data.validation_episodes = 0
 
     # In place of the model, which takes long to compile.
-    def initial_state(model, tx, key, ema, mesh, checkpoints, start_from):
+    def initial_state(model, tx, key, ema, mesh, checkpoints, *_):
         state = TrainState(jnp.array(checkpoints.latest or 0), {"kernel": jnp.zeros(2)}, (), None)
         layout = jax.tree.map(lambda _: sharding.replicated(mesh), state)
         return jax.device_put(state, layout), layout
