@@ -83,14 +83,19 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     q [..., S, N, H], k and v [..., K, N, H], mask broadcastable to [..., S, K], True where allowed
     -> [..., S, N, H] in the dtype of v. One kernel where this process's devices have one, else `plain_attention`.
     """
-    if has_kernel(jax.default_backend(), v.dtype, v.shape[-1]):
+    lengths = () if mask is None else (q.shape[-3], k.shape[-3])
+    if has_kernel(jax.default_backend(), v.dtype, v.shape[-1], lengths):
         return fused_attention(q, k, v, mask, "cudnn")
     return plain_attention(q, k, v, mask)
 
 
-def has_kernel(backend: str, dtype: Any, head_dim: int) -> bool:
-    """Whether JAX has attention in one kernel, without scores in memory: cuDNN's, for half precision on GPUs."""
-    return backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+def has_kernel(backend: str, dtype: Any, head_dim: int, masked: tuple[int, ...] = ()) -> bool:
+    """Whether JAX has attention in one kernel, without scores in memory: cuDNN's, for half precision on GPUs.
+
+    masked: lengths of queries and keys where there is a mask; that kernel's gradient wants them even.
+    """
+    fits = head_dim % 8 == 0 and head_dim <= 128 and all(length % 2 == 0 for length in masked)
+    return backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and fits
 
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:

@@ -106,15 +106,19 @@ def test_kernel_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch, qkv
         ("gpu", jnp.bfloat16, 256),
     ):  # fmt: skip
         assert not has_kernel(backend, dtype, head_dim)
+    assert has_kernel("gpu", jnp.bfloat16, 128, (360, 1080)) and not has_kernel("gpu", jnp.bfloat16, 128, (4, 21))
     asked = []
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda q, *_, **options: asked.append(options["implementation"]) or q
     )
-    attention(*qkv, mask)
+    half = [x.astype(jnp.bfloat16) for x in qkv]
+    attention(*qkv)
+    attention(*half, mask)  # five queries, seven keys
     assert not asked
-    attention(*(x.astype(jnp.bfloat16) for x in qkv), mask)
-    assert asked == ["cudnn"]
+    attention(*half)
+    attention(half[0][:, :4], half[1][:, :6], half[2][:, :6], mask[:, :4, :6])
+    assert asked == ["cudnn", "cudnn"]
 
 
 @pytest.mark.parametrize("width", [128, 44, 12])
