@@ -6,6 +6,8 @@ WORKDIR/checkpoints/STEP holds
   run        JSON: config, statistics, instructions, seed and the number of batches consumed, and of every array of
              the other two items its shape, dtype and the sum of its bits
 
+`inference` is left out where it would say what `state` says, but for a run's last step: it is then read from there.
+
 Whatever is read is compared with these sums, so that nothing damaged is trained on, deployed or exported.
 """
 
@@ -13,17 +15,19 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from flax.traverse_util import unflatten_dict
 
 from ahawam_jax.checkpoint_files import Damage, check_item, file_of, find_undecodable, read_json
+from ahawam_jax.checkpoint_sums import describe, find_not_finite, name_of, named, sums
 from ahawam_jax.weights.convert import differences, summarize
 from data_pipelines.disk import writing
 from data_pipelines.paths import local_path
@@ -36,6 +40,28 @@ logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathn
 _unraisable = sys.unraisablehook
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Which steps are kept: the `newest`, for good every one that `every` divides, and the `best` by their error.
+
+    0 for `every` and `best` keeps none for that reason.
+    """
+
+    newest: int = 2
+    every: int = 0
+    best: int = 0
+
+    def choose(self, errors: Mapping[int, float | None]) -> set[int]:
+        """Of steps with their validation errors, None where there was no validation, those to keep."""
+        steps = sorted(errors)
+        rated = sorted((error, -step) for step, error in errors.items() if error is not None)
+        return (
+            {*steps[-self.newest :]}
+            | {step for step in steps if self.every and step % self.every == 0}
+            | {-step for _, step in rated[: self.best]}
+        )
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says which, what was expected and what to do."""
 
@@ -46,12 +72,13 @@ class Checkpoints:
     in_flight: gigabytes that may be on their way to disk at once, at least as many as the largest shard has.
     """
 
-    def __init__(self, workdir: str | Path, keep: int = 2, in_flight: int = 96):
+    def __init__(self, workdir: str | Path, keep: Keep = Keep(), in_flight: int = 96):
         self.folder = (local_path(workdir) / FOLDER).absolute()
         self._keep, self._in_flight = keep, in_flight
         self._manager: ocp.CheckpointManager | None = None  # made for the first save: reading leaves no traces
         self._saving: int | None = None
         self._records: dict[int, dict[str, Any]] = {}
+        self._errors: dict[int, float | None] = {}  # of validation, of the steps that were saved
 
     # --------------------------------------------------------------------------------------------------- steps
     @property
@@ -93,14 +120,21 @@ class Checkpoints:
         return None
 
     # ------------------------------------------------------------------------------------------------- writing
-    def save(self, state: Any, run: Mapping[str, Any]) -> None:
-        """Begins to write `state`, a pytree with a `step`, and its parameters to `deploy`; `run` is JSON-ready.
+    def save(self, state: Any, run: Mapping[str, Any], final: bool = False) -> None:
+        """Begins to write `state`, a pytree with a `step`, `params` and, where they are others, those to `deploy`.
 
-        Raises DiskError or CheckpointError where this save or the one before fails, naming the last good step.
+        run: JSON-ready; its "open_loop_error", where it has one, is what the best steps are chosen by.  final: also
+        writes the parameters to deploy where they are the state's own. All processes of a job call it together.
+        Raises DiskError or CheckpointError where this save or the one before fails, naming the last good step, and
+        CheckpointError for a state that is not finite.
         """
         step = int(state.step)
-        if step not in (self.latest, self._saving):
-            self._save(step, {"state": state, "inference": state.deploy}, run)
+        if step in (self.latest, self._saving):
+            return
+        if name := find_not_finite(state):
+            raise CheckpointError(f"Step {step} is not saved: its {name} is not finite. {self.safe}")
+        own = state.deploy is state.params and not final
+        self._save(step, {"state": state} if own else {"state": state, "inference": state.deploy}, run)
 
     def _save(self, step: int, items: dict[str, Any], run: Mapping[str, Any]) -> None:
         if self._saving is not None:
@@ -111,19 +145,35 @@ class Checkpoints:
         with self._failing(step):
             if self._manager is None:
                 self._manager = self._make_manager()
-            self._saving = step
+            self._saving, self._errors[step] = step, run.get("open_loop_error")
             self._manager.save(
                 step, args=ocp.args.Composite(**saves, run=ocp.args.JsonSave({**record, "digest": _digest(record)}))
             )
 
     def _make_manager(self) -> ocp.CheckpointManager:
         # What a killed save left is as large as a checkpoint.
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self, create=True, cleanup_tmp_directories=True
+        )
         handlers = {
             item: ocp.StandardCheckpointHandler(save_concurrent_gb=self._in_flight) for item in ("state", "inference")
         }
         handlers["run"] = ocp.JsonCheckpointHandler()
         return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> list[bool]:
+        """Orbax asks which of its checkpoints, the one that is being written among them, are to be kept."""
+        errors = {each.step: self._error(each.step) for each in checkpoints}
+        kept = self._keep.choose(errors)
+        return [step in kept for step in errors]
+
+    def _error(self, step: int) -> float | None:
+        if step not in self._errors:
+            try:
+                self._errors[step] = self._read_run(step).get("open_loop_error")
+            except Damage:  # a step whose removal was cut short
+                self._errors[step] = None
+        return self._errors[step]
 
     def check(self) -> None:
         """Raises DiskError or CheckpointError if the save under way has failed; does not wait for it."""
@@ -207,7 +257,7 @@ class Checkpoints:
     def misfits(self, step: int, item: str, like: Any) -> list[str]:
         """A line for every array that an item lacks, has in excess or in another shape than in `like`."""
         there = {name: x.shape for name, x in self.arrays(step, item).items()}
-        return differences(there, {name: tuple(x.shape) for name, x in _named(like).items()})
+        return differences(there, {name: tuple(x.shape) for name, x in named(like).items()})
 
     def check_fits(self, step: int, item: str, like: Any) -> None:
         """Raises CheckpointError for damaged files, and one that lists all misfits."""
@@ -222,7 +272,7 @@ class Checkpoints:
         """Raises CheckpointError for the first file of an item that is missing or cut off; no array is read."""
         self._described(step, item)
         try:
-            check_item(self.folder / str(step) / item)
+            check_item(self._place(step, item)[0])
         except Damage as damage:
             raise self.damaged(step, damage) from None
 
@@ -236,7 +286,7 @@ class Checkpoints:
             tree = reader.metadata(self.folder / str(step) / item).item_metadata.tree
         options = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         for part in _groups(tree):
-            found = {name: x for name, x in _named(self._read(step, item, part, options)).items() if x is not ...}
+            found = {name: x for name, x in named(self._read(step, item, part, options)).items() if x is not ...}
             self._compare(step, item, found)
             yield from found.items()
 
@@ -246,27 +296,42 @@ class Checkpoints:
         stored = self.arrays(step, item)
         options = jax.tree_util.tree_map_with_path(
             lambda path, x: ocp.ArrayRestoreArgs(
-                sharding=x.sharding, global_shape=x.shape, dtype=stored[_name(path)].dtype
+                sharding=x.sharding, global_shape=x.shape, dtype=stored[name_of(path)].dtype
             ),
             like,
         )
         leaves: dict[str, Any] = {}
         for part in _groups(like):
-            found = {name: x for name, x in _named(self._read(step, item, part, options)).items() if x is not ...}
+            found = {name: x for name, x in named(self._read(step, item, part, options)).items() if x is not ...}
             self._compare(step, item, found)
-            wanted = _named(part)
+            wanted = named(part)
             leaves |= {name: x.astype(wanted[name].dtype) for name, x in found.items()}
-        return jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], like)
+        return jax.tree_util.tree_map_with_path(lambda path, _: leaves[name_of(path)], like)
 
     def _read(self, step: int, item: str, tree: Any, options: Any, **more: Any) -> Any:
+        path, within = self._place(step, item)
+        if within:
+            asked, how = named(tree), named(options)
+            asked = {f"{within}/{name}": x for name, x in asked.items() if x is not ocp.PLACEHOLDER}
+            how = {name: how[name.removeprefix(f"{within}/")] for name in asked}
+            tree, options = unflatten_dict(asked, sep="/"), unflatten_dict(how, sep="/")
+            more = {"partial_restore": True}
         with self._damage(step, item), ocp.PyTreeCheckpointer() as reader:
-            return reader.restore(
-                self.folder / str(step) / item,
-                args=ocp.args.PyTreeRestore(item=tree, restore_args=options, **more),
-            )
+            found = reader.restore(path, args=ocp.args.PyTreeRestore(item=tree, restore_args=options, **more))
+        return found[within] if within else found
+
+    def _place(self, step: int, item: str) -> tuple[Path, str]:
+        """The folder that an item lies in, and under which name in there; "" for all of it."""
+        there, own = self.restore_run(step)["arrays"], item == "inference"
+        if own and item not in there and "state" in there:
+            return self.folder / str(step) / "state", "params"
+        return self.folder / str(step) / item, ""
 
     def _described(self, step: int, item: str) -> dict[str, list[Any]]:
         found = self.restore_run(step).get("arrays", {})
+        if item == "inference" and item not in found and "state" in found:
+            start = "params/"
+            return {name.removeprefix(start): x for name, x in found["state"].items() if name.startswith(start)}
         if item not in found:
             raise CheckpointError(
                 f"{self.folder / str(step)} has no {item}, only {', '.join(found) or 'nothing'}. An import holds "
@@ -276,10 +341,11 @@ class Checkpoints:
 
     def _compare(self, step: int, item: str, arrays: Mapping[str, Any]) -> None:
         described = self._described(step, item)
-        sums = _sums(list(arrays.values()))
-        if other := [name for name, found in zip(arrays, sums, strict=True) if described[name][2] != found]:
+        found_sums = sums(list(arrays.values()))
+        if other := [name for name, found in zip(arrays, found_sums, strict=True) if described[name][2] != found]:
             more = f" and {len(other) - 1} other arrays" if other[1:] else ""
-            file = file_of(self.folder / str(step) / item, other[0])
+            path, within = self._place(step, item)
+            file = file_of(path, f"{within}/{other[0]}".lstrip("/"))
             raise self.damaged(step, f"{file} holds other values of {other[0]}{more} than were saved")
 
     @contextmanager
@@ -289,8 +355,9 @@ class Checkpoints:
             yield
         except Exception as error:
             _ignore_stragglers()
-            path = self.folder / str(step) / item
-            what = find_undecodable(path, self._described(step, item)) or f"{path} cannot be read ({_brief(error)})"
+            path, within = self._place(step, item)
+            names = [f"{within}/{name}".lstrip("/") for name in self._described(step, item)]
+            what = find_undecodable(path, names) or f"{path} cannot be read ({_brief(error)})"
             raise self.damaged(step, what) from error
 
 
@@ -300,36 +367,6 @@ def save_params(workdir: str | Path, params: Any, run: Mapping[str, Any]) -> Non
     checkpoints = Checkpoints(workdir, in_flight=largest // 10**9 + 1)
     checkpoints._save(0, {"inference": params}, run)
     checkpoints.close()
-
-
-def describe(tree: Any) -> dict[str, list[Any]]:
-    """Of every array, by path joined with '/': shape, dtype and the sum of its bits, JSON-ready."""
-    leaves = _named(tree)
-    sums = _sums(list(leaves.values()))
-    return {
-        name: [list(x.shape), str(x.dtype), found] for (name, x), found in zip(leaves.items(), sums, strict=True)
-    }
-
-
-def _sums(arrays: list[Any]) -> list[int]:
-    """The words of each array added up, modulo 2^32, which no sharding changes. All processes call it together."""
-    sums = np.array([sum(map(_sum, _parts(x))) % 2**32 for x in arrays], np.uint32)
-    if jax.process_count() > 1 and any(isinstance(x, jax.Array) for x in arrays):
-        sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
-    return sums.tolist()
-
-
-def _parts(array: Any) -> Iterator[np.ndarray]:
-    """The array, or what of it lies on this process's devices, each part once in all processes."""
-    if not isinstance(array, jax.Array):
-        yield np.asarray(array)
-        return
-    yield from (np.asarray(shard.data) for shard in array.addressable_shards if shard.replica_id == 0)
-
-
-def _sum(part: np.ndarray) -> int:
-    words = np.ascontiguousarray(part).reshape(-1).view(f"u{part.dtype.itemsize}")
-    return int(words.sum(dtype=np.uint32))
 
 
 def _groups(tree: Any) -> Iterator[Any]:
@@ -349,17 +386,6 @@ def _ignore_stragglers() -> None:
 
 def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by path joined with '/'."""
-    return {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    """Tree path as 'params/planner/...', whether its containers are structs, dicts, tuples or their JSON form."""
-    parts = (getattr(key, "name", getattr(key, "key", getattr(key, "idx", None))) for key in path)
-    return "/".join(str(part) for part in parts)
 
 
 def _brief(error: BaseException) -> str:

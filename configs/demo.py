@@ -46,11 +46,12 @@ def get_config() -> ConfigDict:
     ))  # fmt: skip
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
-    # The length is given in steps or in epochs, the other is 0. Saved is by steps and by minutes; 0 minutes: by steps
-    # alone. A step that is not finite is skipped, and the run ends after so many in a row.
+    # The length is given in steps or in epochs, the other is 0. Saved is by steps and by minutes; kept are the newest,
+    # one every so many steps, and the best by open-loop error: 0 for no matter how many. Steps that are not finite are
+    # skipped, and the run ends after so many in a row.
     config.train = ConfigDict(dict(
         steps=3400, epochs=0.0, log_every=100, validate_every=850, checkpoint_every=850, checkpoint_minutes=0.0,
-        keep=2, max_bad_steps=10,
+        keep=2, keep_every=0, keep_best=0, max_bad_steps=10,
     ))  # fmt: skip
 
     # Deployment: the planner is refreshed every `refresh_every` executor calls, `execute` of the 16 actions are run.

@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict(dict(data=-1, fsdp=-1, tensor=1))
     config.train = ConfigDict(dict(
         steps=60_000, epochs=0.0, log_every=20, validate_every=2000, checkpoint_every=2000, checkpoint_minutes=30.0,
-        keep=3, max_bad_steps=10,
+        keep=3, keep_every=20_000, keep_best=1, max_bad_steps=10,
     ))  # fmt: skip
     config.policy = ConfigDict(dict(refresh_every=2, steps=10, execute=16, memory=True, routing=True))
     return config

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from ahawam_jax import checkpoints as module
-from ahawam_jax.checkpoints import CheckpointError, Checkpoints, save_params
+from ahawam_jax.checkpoint_sums import sums
+from ahawam_jax.checkpoints import CheckpointError, Checkpoints, Keep, save_params
 from ahawam_jax.commands.export_weights import export_checkpoint
 from ahawam_jax.commands.import_weights import import_checkpoint
 from ahawam_jax.commands.inspect import inspect_path
@@ -54,9 +55,9 @@ def like(dtype: str = "float32") -> State:
 
 
 def save(workdir: Path, *steps: int) -> None:
-    checkpoints = Checkpoints(workdir, keep=9)
+    checkpoints = Checkpoints(workdir, Keep(9))
     for step in steps:
-        checkpoints.save(state(step), {"config": {}, "statistics": {"a": [0.1, 1e-9]}})
+        checkpoints.save(state(step), {"config": {}, "statistics": {"a": [0.1, 1e-9]}}, final=True)
     checkpoints.close()
 
 
@@ -88,6 +89,77 @@ def test_what_was_saved_comes_back(saved: Path, monkeypatch: pytest.MonkeyPatch)
         assert set(everything) == {"step", "params/dense/kernel", "params/dense/bias", "moments/0"}
     np.testing.assert_array_equal(checkpoints.read_param(2, "dense/kernel"), wanted.params["dense"]["kernel"])
     assert checkpoints.restore_run(2)["statistics"] == {"a": [0.1, 1e-9]}
+
+
+def test_parameters_that_are_the_state_s_own_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And read from there, in groups, one by one, and where they are damaged."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(1), {"config": {}})
+    checkpoints.close()
+    folder = tmp_path / "checkpoints" / "1"
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["run", "state"]
+    checkpoints, wanted = Checkpoints(tmp_path), state(1).params
+    for group in (module.GROUP, 1):
+        monkeypatch.setattr(module, "GROUP", group)
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_params(1, like().params), wanted)
+    np.testing.assert_array_equal(checkpoints.read_param(1, "dense/kernel"), wanted["dense"]["kernel"])
+    assert {name: x.size for name, x in checkpoints.arrays(1).items()} == {"dense/kernel": 4096, "dense/bias": 4}
+    assert checkpoints.misfits(1, "inference", {"dense": {"bias": jnp.zeros(4)}}) != []
+    flip(max((folder / "state").glob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size))
+    with pytest.raises(CheckpointError, match="Step 1 in .* is damaged: .*/1/state/"):
+        checkpoints.restore_params(1, like().params)
+
+
+def test_an_average_is_written_beside_the_state(tmp_path: Path) -> None:
+    @flax.struct.dataclass
+    class Averaged(State):
+        @property
+        def deploy(self) -> dict:
+            return jax.tree.map(lambda x: 2 * x, self.params)
+
+    checkpoints, one = Checkpoints(tmp_path), state(1)
+    checkpoints.save(Averaged(one.step, one.params, one.moments), {"config": {}})
+    checkpoints.close()
+    found = Checkpoints(tmp_path).restore_params(1, like().params)
+    jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(lambda x: 2 * x, one.params))
+
+
+def test_which_steps_are_kept(tmp_path: Path) -> None:
+    errors = {3: 0.5, 6: None, 9: 0.2, 12: 0.7, 15: 0.4, 18: None}
+    assert Keep(2).choose(errors) == {15, 18}
+    assert Keep(1, every=6).choose(errors) == {6, 12, 18}
+    assert Keep(1, best=2).choose(errors) == {9, 15, 18}
+    assert Keep(1, best=1).choose(dict.fromkeys(errors)) == {18}
+    keep = Keep(1, every=4, best=1)
+    for steps in ((1, 2, 3), (4, 5), (6,)):  # as by one process after the other
+        checkpoints = Checkpoints(tmp_path, keep)
+        for step in steps:
+            checkpoints.save(state(step), {"open_loop_error": {2: 0.1, 3: 0.3}.get(step)})
+        checkpoints.close()
+    assert Checkpoints(tmp_path).steps == [2, 4, 6]
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    checkpoints, broken = Checkpoints(tmp_path), state(2)
+    broken = broken.replace(moments=(broken.moments[0].at[3, 3].set(jnp.inf),))
+    with pytest.raises(CheckpointError, match=r"Step 2 is not saved: its moments/0 is not finite\. Step 1 is "):
+        checkpoints.save(broken, {})
+    checkpoints.close()
+    assert Checkpoints(tmp_path).steps == [1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool"])
+def test_sums_are_the_same_wherever_they_are_computed(dtype: str) -> None:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 40)) * 100, dtype)
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    spread = jax.device_put(x, jax.NamedSharding(mesh, jax.P("a", "b")))
+    whole = jax.device_put(x, jax.NamedSharding(mesh, jax.P()))
+    found = sums([np.asarray(x)])
+    words = np.asarray(x).tobytes()
+    size = x.dtype.itemsize
+    expected = sum(int.from_bytes(words[at : at + size], "little") for at in range(0, len(words), size)) % 2**32
+    assert found == [expected] and sums([spread, whole]) == [expected, expected]
 
 
 def test_reading_leaves_no_traces(tmp_path: Path) -> None:

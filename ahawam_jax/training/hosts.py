@@ -45,6 +45,8 @@ def join(job: Job | None, wait: float = WAIT) -> None:
     late.daemon = True
     late.start()
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `stopping`
+    # On CPUs gloo matches collectives by their order, which two computations at a time do not keep.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             job.coordinator, job.processes, job.process, job.devices, cluster_detection_method=job.cluster,

@@ -1,6 +1,7 @@
 """The training loop, top to bottom: data, state, resume, steps, logs, validation, checkpoints."""
 
 import json
+import math
 import socket
 from contextlib import nullcontext
 from functools import partial
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ahawam_jax.checkpoints import Checkpoints, find_step
+from ahawam_jax.checkpoints import Checkpoints, Keep, find_step
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.towers.building import build_text_tower, build_video_tower
@@ -77,7 +78,7 @@ def _train(
                 f"= {rows}."
             )
         tower = build_video_tower(config.towers, model.config, sharding.replicated(mesh))
-        checkpoints = Checkpoints(workdir, config.train.keep)
+        checkpoints = Checkpoints(workdir, Keep(config.train.keep, config.train.keep_every, config.train.keep_best))
         before = read_record(checkpoints)
         if before:
             check_config(before, config, workdir)
@@ -116,12 +117,12 @@ def _train(
     shortest = _shortest_step(monitoring.work(config), mesh.size) if first else None
     facts = {"config": asked, "mesh": sharding.describe_mesh(mesh), "hosts": hosts.gather(socket.gethostname())}
 
-    def save() -> None:
+    def save(error: float | None, last: bool) -> None:
         log.flush()
         if owner is not None:
             owner.check()
         position = {"batches": int(state.step), "seed": config.seed}
-        checkpoints.save(state, run | {"data_position": position})
+        checkpoints.save(state, run | {"data_position": position, "open_loop_error": error}, last)
 
     line = StatusLine()
     watch, to_save = Watch(config.train.max_bad_steps, lambda step: say(f"step {step} was skipped")), False
@@ -158,7 +159,8 @@ def _train(
                 rates |= {} if shortest is None else {"mfu": shortest / seconds}
                 log.scalars(step, {"learning_rate": float(schedule(step)), **rates})
                 line.show(_progress(step, config, means, rates), last)
-            if step % config.train.validate_every == 0 or last:
+            validated = step % config.train.validate_every == 0 or last
+            if validated:
                 with goodput.spent("validation"):
                     error = _validate(config, data, state, mesh, open_loop_error, tower)
                 log.scalars(step, {"open_loop_error": error})
@@ -168,7 +170,7 @@ def _train(
                 watch.catch_up()
             if to_save and (not watch.skipped or last or watch.stop):  # else after the first step that is finite again
                 with goodput.spent("checkpoint"):
-                    save()
+                    save(error if validated and math.isfinite(error) else None, last)
                 goodput.write(checkpoints.safe)
                 requests.saved()
                 to_save = watch.save = False
