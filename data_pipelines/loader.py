@@ -94,18 +94,10 @@ def make_loader(
     if start_step < 0:
         raise ValueError(f"start_step {start_step} must not be negative.")
     mixture = _Mixture(sources, windows)
-    place = _interleave([source.weight for source in sources])
-    orders = [
-        # A seed of its own, or sources of one size would be shuffled alike.
-        grain.MapDataset.range(len(part)).shuffle(seed=_seed(seed, number)).repeat()
-        for number, part in enumerate(mixture.parts)
-    ]
+    stream = _stream(sources, mixture, windows, batch_size, seed)
 
     def batch(step: int) -> Batch:
-        delta = np.random.default_rng([seed, step]).integers(windows.max_offset + 1, size=batch_size)[chosen]
-        source, count = zip(*(place(step * batch_size + int(k)) for k in chosen), strict=True)
-        index = [orders[s][n] for s, n in zip(source, count, strict=True)]
-        return mixture.gather(np.array(source), np.array(index), delta)
+        return mixture.gather(*stream(step, chosen))
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(batch)
     if not workers:
@@ -115,6 +107,35 @@ def make_loader(
     if not flags.FLAGS.is_parsed():  # grain's workers read flags of their own
         flags.FLAGS.mark_as_parsed()
     return _OfWorkers(batches.mp_prefetch(grain.MultiprocessingOptions(workers), _begin_worker))
+
+
+def windows_of_batch(
+    sources: Sequence[Source], windows: WindowConfig, batch_size: int, seed: int, step: int
+) -> list[tuple[int, int, int, int]]:
+    """What `make_loader` put into batch number `step`: source, episode, first row in it and offset of each sample."""
+    mixture = _Mixture(sources, windows)
+    found = zip(*_stream(sources, mixture, windows, batch_size, seed)(step, np.arange(batch_size)), strict=True)
+    return [(int(s), *mixture.locate(s, index), int(delta)) for s, index, delta in found]
+
+
+def _stream(
+    sources: Sequence[Source], mixture: "_Mixture", windows: WindowConfig, batch_size: int, seed: int
+) -> Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Function of a step and of places in its batch, int [b]: the source, window and offset at each, int [b]."""
+    place = _interleave([source.weight for source in sources])
+    orders = [
+        # A seed of its own, or sources of one size would be shuffled alike.
+        grain.MapDataset.range(len(part)).shuffle(seed=_seed(seed, number)).repeat()
+        for number, part in enumerate(mixture.parts)
+    ]
+
+    def at(step: int, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        delta = np.random.default_rng([seed, step]).integers(windows.max_offset + 1, size=batch_size)[chosen]
+        source, count = zip(*(place(step * batch_size + int(k)) for k in chosen), strict=True)
+        index = [orders[s][n] for s, n in zip(source, count, strict=True)]
+        return np.array(source), np.array(index), delta
+
+    return at
 
 
 def _begin_worker(worker: int, workers: int) -> None:
@@ -183,6 +204,11 @@ class _Mixture:
         self.parts = [Windows(s.dataset, s.frames, windows, s.statistics, s.episodes, s.latents) for s in sources]
         counts = [len(source.dataset.instructions) for source in sources]
         self._first_instruction = np.cumsum(counts) - counts
+
+    def locate(self, source: int, index: int) -> tuple[int, int]:
+        """Of one window: its episode's number in the dataset and its first row in it."""
+        place, row = self.parts[source].locate(np.array([index]))
+        return int(self.parts[source].chosen[place[0]]), int(row[0])
 
     def gather(self, source: np.ndarray, index: np.ndarray, delta: np.ndarray) -> Batch:
         """`Windows.gather` for windows number `index` of the sources `source`, all int [B]."""

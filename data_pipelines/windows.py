@@ -86,7 +86,7 @@ class Windows:
 
     frames: canvases uint8 [total rows, H, W, 3], indexed by dataset row; None where latents and clips are cached.
     stats: normalise state and action; None leaves them in the units of the recording.
-    episodes: indices of the episodes to use, all by default.
+    episodes: indices of the episodes to use, all by default; `chosen` then.
     latents: what to give in place of pictures.
     """
 
@@ -112,7 +112,7 @@ class Windows:
             if x is not None and x.shape[0] != dataset.lengths.sum():
                 raise ValueError(f"{name} hold {x.shape[0]} rows, {dataset.root} has {dataset.lengths.sum()}.")
         self.config, self.frames, self.latents = config, frames, latents
-        self._dataset, self._stats, self._chosen = dataset, stats, chosen
+        self._dataset, self._stats, self.chosen = dataset, stats, chosen
         self._starts, self._lengths = dataset.starts[chosen], dataset.lengths[chosen]
         self._ends = np.cumsum(self._lengths)
 
@@ -159,7 +159,7 @@ class Windows:
         if c.memory_anchor:
             history = anchored(history, start)
 
-        numbers, table = self._chosen[episode], np.minimum(rows, last)
+        numbers, table = self.chosen[episode], np.minimum(rows, last)
         # Rows before pictures: what is wrong with an episode is told in the same sentence every time.
         action = self._vectors("action", self._dataset.actions, numbers, table)
         state = self._vectors("state", self._dataset.states, numbers, table)

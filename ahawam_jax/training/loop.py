@@ -30,7 +30,7 @@ from ahawam_jax.training.resuming import check_config, check_length, read_record
 from ahawam_jax.training.step import TrainState, create_state, make_train_step
 from ahawam_jax.training.stopping import Interrupted, Requests, others_may_be_lost, with_votes
 from ahawam_jax.training.validation import make_open_loop_error
-from ahawam_jax.training.watch import Watch
+from ahawam_jax.training.watch import Watch, tell_skipped
 from data_pipelines.loader import evaluation_batches, make_loader
 from data_pipelines.ownership import Owner
 from data_pipelines.paths import local_path, refuse_addresses
@@ -125,7 +125,12 @@ def _train(
         checkpoints.save(state, run | {"data_position": position, "open_loop_error": error}, last)
 
     line = StatusLine()
-    watch, to_save = Watch(config.train.max_bad_steps, lambda step: say(f"step {step} was skipped")), False
+
+    def tell(step: int) -> None:
+        batch_size, seed = config.data.batch_size, config.seed
+        tell_skipped(workdir, step, data.train, data.windows, batch_size, seed, checkpoints.safe)
+
+    watch, to_save = Watch(config.train.max_bad_steps, tell), False
 
     def finish() -> None:
         with goodput.spent("checkpoint"):

@@ -1,10 +1,19 @@
 """What the loop must know of each step, read when the next one is under way, so that no device waits for the host."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 
 from ahawam_jax.training.stopping import SAVE, STOP
+from data_pipelines.disk import writing
+from data_pipelines.loader import Source, windows_of_batch
+from data_pipelines.progress import say
+from data_pipelines.windows import WindowConfig
+
+SKIPPED = "skipped_steps.jsonl"  # in the workdir: a line per skipped step, with all windows of its batch
+SHOWN = 8  # windows of a batch that are named on stdout
 
 
 class Watch:
@@ -42,6 +51,24 @@ class Watch:
                 raise FloatingPointError(
                     f"The loss or its gradient was not finite in {self._most} steps in a row, the last of them "
                     f"{step}; all were skipped, the parameters are those of step {step - self._most}. Lower "
-                    "config.optimizer.learning_rate, or look at the data of these steps; config.train.max_bad_steps "
-                    "is how many may be skipped."
+                    "config.optimizer.learning_rate, or look at their data, named in skipped_steps.jsonl; "
+                    "config.train.max_bad_steps is how many may be skipped."
                 )
+
+
+def tell_skipped(
+    workdir: Path, step: int, sources: Sequence[Source], windows: WindowConfig, batch_size: int, seed: int, safe: str
+) -> None:
+    """Says that a step was skipped and names its batch, of which process 0 writes every window to SKIPPED."""
+    found = [
+        (str(sources[source].dataset.root), *window)
+        for source, *window in windows_of_batch(sources, windows, batch_size, seed, step - 1)
+    ]
+    shown = "; ".join(f"{root} episode {episode} row {row}" for root, episode, row, _ in found[:SHOWN])
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    say(f"step {step} is skipped: its loss or gradient is not finite. Its windows, see {SKIPPED}: {shown}{more}")
+    if jax.process_index() == 0:
+        path = workdir / SKIPPED
+        with writing(path, safe), path.open("a") as file:
+            keys = ("dataset", "episode", "row", "offset")
+            file.write(json.dumps({"step": step, "windows": [dict(zip(keys, w, strict=True)) for w in found]}) + "\n")

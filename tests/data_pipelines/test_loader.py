@@ -22,7 +22,7 @@ import pytest
 from data_pipelines.caches.frame_cache import DecodingFrames, open_frames
 from data_pipelines.canvas import Canvas
 from data_pipelines.episodes import Episodes
-from data_pipelines.loader import Batch, Source, evaluation_batches, instructions, make_loader
+from data_pipelines.loader import Batch, Source, evaluation_batches, instructions, make_loader, windows_of_batch
 from data_pipelines.processes import WorkerError
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.statistics import compute_statistics
@@ -100,6 +100,14 @@ def stream(source: Source) -> Batch:
 def mixed(root: Path) -> Batch:
     """The uninterrupted stream of the mixture on a single host."""
     return take(make_loader(mixture(root), CONFIG, BATCH, seed=5), 4 * STEPS)
+
+
+def test_windows_of_a_batch_are_named_without_reading_it(root: Path, dataset: Episodes, mixed: Batch) -> None:
+    for step in (0, 7, 4 * STEPS - 1):
+        found = windows_of_batch(mixture(root), CONFIG, BATCH, 5, step)
+        np.testing.assert_array_equal([source for source, *_ in found], sources_of(mixed)[step])
+        rows = [(dataset.starts[episode] + row, offset) for _, episode, row, offset in found]
+        np.testing.assert_array_equal(rows, drawn(mixed)[step])
 
 
 # ---------------------------------------------------------------- hosts

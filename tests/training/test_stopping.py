@@ -1,7 +1,9 @@
 """Signals, the clock and steps that are not finite: what the loop is told of them, and when."""
 
+import json
 import os
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,7 +12,11 @@ import pytest
 from ahawam_jax.training import stopping
 from ahawam_jax.training.sharding import make_mesh
 from ahawam_jax.training.stopping import NOTHING, SAVE, STOP, Requests, others_may_be_lost, with_votes
-from ahawam_jax.training.watch import Watch
+from ahawam_jax.training.watch import SKIPPED, Watch, tell_skipped
+from data_pipelines.loader import Source
+from data_pipelines.readers.opening import open_episodes
+from data_pipelines.windows import WindowConfig
+from tests.data_pipelines import tiny_dataset
 
 MESH = make_mesh(dict(data=2, fsdp=2, tensor=2))
 
@@ -66,6 +72,18 @@ def test_a_step_is_read_when_the_next_one_is_under_way() -> None:
     assert seen == [(False, False, 0), (False, False, 0), (True, False, 1), (True, False, 2), (True, True, 0)]
     watch.catch_up()
     assert told == [2, 3, 5] and watch.skipped == 1
+
+
+def test_a_skipped_step_names_its_batch(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    dataset = open_episodes(tiny_dataset.write_dataset(tmp_path / "set"))
+    windows = WindowConfig(horizon=8, chunk=4, video_ratio=1, history_frames=2)
+    frames = np.zeros((sum(tiny_dataset.LENGTHS), 2, 2, 3), np.uint8)
+    tell_skipped(tmp_path, 5, [Source(dataset, frames, None)], windows, 16, 3, "")
+    said, line = capsys.readouterr().out, json.loads((tmp_path / SKIPPED).read_text())
+    assert line["step"] == 5 and len(line["windows"]) == 16
+    first = line["windows"][0]
+    assert f"step 5 is skipped: its loss or gradient is not finite. Its windows, see {SKIPPED}: " in said
+    assert f"episode {first['episode']} row {first['row']}; " in said and said.endswith(" and 8 more\n")
 
 
 def test_so_many_skipped_steps_in_a_row_end_the_run() -> None:
