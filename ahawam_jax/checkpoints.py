@@ -17,7 +17,6 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 
 from ahawam_jax.checkpoint_files import Damage, check_item, file_of, find_undecodable, read_json
+from ahawam_jax.checkpoint_keep import NEWEST_TWO, Keep
 from ahawam_jax.checkpoint_sums import describe, find_not_finite, name_of, named, sums
 from ahawam_jax.weights.convert import differences, summarize
 from data_pipelines.disk import writing
@@ -40,28 +40,6 @@ logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathn
 _unraisable = sys.unraisablehook
 
 
-@dataclass(frozen=True)
-class Keep:
-    """Which steps are kept: the `newest`, for good every one that `every` divides, and the `best` by their error.
-
-    0 for `every` and `best` keeps none for that reason.
-    """
-
-    newest: int = 2
-    every: int = 0
-    best: int = 0
-
-    def choose(self, errors: Mapping[int, float | None]) -> set[int]:
-        """Of steps with their validation errors, None where there was no validation, those to keep."""
-        steps = sorted(errors)
-        rated = sorted((error, -step) for step, error in errors.items() if error is not None)
-        return (
-            {*steps[-self.newest :]}
-            | {step for step in steps if self.every and step % self.every == 0}
-            | {-step for _, step in rated[: self.best]}
-        )
-
-
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says which, what was expected and what to do."""
 
@@ -72,7 +50,7 @@ class Checkpoints:
     in_flight: gigabytes that may be on their way to disk at once, at least as many as the largest shard has.
     """
 
-    def __init__(self, workdir: str | Path, keep: Keep = Keep(), in_flight: int = 96):
+    def __init__(self, workdir: str | Path, keep: Keep = NEWEST_TWO, in_flight: int = 96):
         self.folder = (local_path(workdir) / FOLDER).absolute()
         self._keep, self._in_flight = keep, in_flight
         self._manager: ocp.CheckpointManager | None = None  # made for the first save: reading leaves no traces
@@ -133,8 +111,9 @@ class Checkpoints:
             return
         if name := find_not_finite(state):
             raise CheckpointError(f"Step {step} is not saved: its {name} is not finite. {self.safe}")
-        own = state.deploy is state.params and not final
-        self._save(step, {"state": state} if own else {"state": state, "inference": state.deploy}, run)
+        deploy = state.deploy
+        own = list(map(id, jax.tree.leaves(deploy))) == list(map(id, jax.tree.leaves(state.params)))
+        self._save(step, {"state": state} if own and not final else {"state": state, "inference": deploy}, run)
 
     def _save(self, step: int, items: dict[str, Any], run: Mapping[str, Any]) -> None:
         if self._saving is not None:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from ahawam_jax import checkpoints as module
+from ahawam_jax.checkpoint_keep import Keep
 from ahawam_jax.checkpoint_sums import sums
-from ahawam_jax.checkpoints import CheckpointError, Checkpoints, Keep, save_params
+from ahawam_jax.checkpoints import CheckpointError, Checkpoints, save_params
 from ahawam_jax.commands.export_weights import export_checkpoint
 from ahawam_jax.commands.import_weights import import_checkpoint
 from ahawam_jax.commands.inspect import inspect_path

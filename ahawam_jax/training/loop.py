@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ahawam_jax.checkpoints import Checkpoints, Keep, find_step
+from ahawam_jax.checkpoint_keep import Keep
+from ahawam_jax.checkpoints import Checkpoints, find_step
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.towers.building import build_text_tower, build_video_tower
