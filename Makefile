@@ -14,7 +14,7 @@ export PYTHONUTF8 := 1
 SCENES := gym-aloha==0.1.5
 PHYSICS := dm_control==1.0.41
 
-.PHONY: install install-dev test test-all test-isa test-newest lint demo demo-long pins clean
+.PHONY: install install-dev test test-all test-isa test-newest lint chaos demo demo-long pins clean
 
 install: $(VENV)/.installed
 
@@ -65,6 +65,10 @@ test-newest:
 	$(INSTALL) --no-deps $(SCENES) $(PHYSICS)
 	$(RUN) -c 'import jax, sys; print("JAX", jax.__version__, "on Python", sys.version)'
 	$(PYTEST)
+
+# A tiny job of two processes is killed 20 times and stopped 20 times: what is left, and what comes out at last?
+chaos: install-dev
+	$(RUN) -m tests.training.chaos
 
 demo: install
 	$(RUN) -m ahawam_jax demo --config=configs/demo.py --workdir=runs/demo

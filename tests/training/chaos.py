@@ -145,7 +145,7 @@ def run(kills: int, stops: int, processes: int, seed: int, folder: Path) -> int:
     tiny_dataset.write_dataset(folder / "dataset")
     flags = [
         f"--config.data.path={folder / 'dataset'}", f"--config.data.cache={folder / 'cache'}",
-        "--config.mesh.data=1", f"--config.mesh.fsdp={processes}",
+        f"--config.mesh.data={processes}", "--config.mesh.fsdp=1",
         f"--config.train.steps={STEPS_EACH * (1 + len(blows))}", f"--config.train.checkpoint_every={INTERVAL}",
         f"--config.train.validate_every={VALIDATE}",
     ]  # fmt: skip
