@@ -26,6 +26,9 @@ from ahawam_jax.models.dit import (
 from ahawam_jax.models.memory import PlannerContext, PlannerMemory
 from ahawam_jax.models.partitioning import constrain, partitioned
 
+KV = tuple[jax.Array, jax.Array]
+RECALL = "recall"  # in the names of operations: what is spent on the history can be told from the rest
+
 
 def patchify(latents: jax.Array) -> jax.Array:
     """Latents [B, c, F, h, w] -> 2x2 patches [B, F, S, c*4], S = h/2 * w/2; a patch is read as (c, dy, dx)."""
@@ -156,9 +159,10 @@ class Planner(nn.Module):
             )
         if history is not None:
             causal = frame_causal_mask(history.latents.shape[2], tokens, history.valid)
-            before, _, condition_before = enter(
-                history.latents, jnp.zeros(history.positions.shape), history.positions, causal
-            )
+            with jax.named_scope(RECALL):
+                before, _, condition_before = enter(
+                    history.latents, jnp.zeros(history.positions.shape), history.positions, causal
+                )
             x, time, condition = enter(latents, times, positions, mask)
             (_, x), (k, v) = scan_blocks(
                 cfg, "planner", cast_once(partial(_layer_with_history, kept), dtype),
@@ -172,9 +176,6 @@ class Planner(nn.Module):
         return PlannerOutput(unpatchify(patches, height, width), PlannerContext(k, v))
 
 
-KV = tuple[jax.Array, jax.Array]
-
-
 def _layer(kept: int | None, block: Block, x: jax.Array, prefix: KV | None, condition: Condition) -> tuple[Any, KV]:
     x, (k, v) = block(x, prefix, condition)
     return x, (k[:, :kept], v[:, :kept])
@@ -185,7 +186,7 @@ def _layer_with_history(
 ) -> tuple[tuple[jax.Array, jax.Array], KV]:
     """The history's tokens go through the block, then the clip's, which look back on them."""
     before, now = x
-    with jax.named_scope("recall"):  # so that what is spent on the history can be told from the rest
+    with jax.named_scope(RECALL):
         before, kv = jax.lax.stop_gradient(block(before, None, conditions[0]))
     k, v = checkpoint_name(kv, PLANNED)
     now, out = _layer(kept, block, now, (_joined(k, 1), _joined(v, 1)), conditions[1])
