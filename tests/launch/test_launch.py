@@ -60,7 +60,7 @@ def test_scripts_are_bash(path: Path, bin: Path) -> None:
     assert used.returncode == 2 and used.stderr.startswith("usage: ")
 
 
-@pytest.mark.parametrize("status, requeued", [(0, False), (1, False), (75, True)])
+@pytest.mark.parametrize("status, requeued", [(0, False), (1, False), (75, True), (137, True)])
 def test_sbatch_starts_a_process_a_task(bin: Path, status: int, requeued: bool) -> None:
     ahawam = command(bin, "ahawam", f'#!/bin/sh\necho "$SLURM_PROCID: $@"\nexit $(($SLURM_PROCID * {status}))\n')
     done = run(
