@@ -145,6 +145,18 @@ def environment() -> dict[str, str]:
     }  # fmt: skip
 
 
+def compile_together(function: Any, *arguments: Any) -> Any:
+    """A jitted function, compiled for these arguments by the time that the slowest process has it.
+
+    Else the quickest waits inside its first collective, and Gloo gives up after half a minute.
+    """
+    if jax.process_count() == 1:
+        return function
+    compiled = function.lower(*arguments).compile()
+    gather("")
+    return compiled
+
+
 def fields(tree: Any, prefix: str = "") -> dict[str, Any]:
     """A tree of dicts as {"a.b": leaf}."""
     if not isinstance(tree, dict):

@@ -153,7 +153,10 @@ def _train(
             checkpoints.check()
             goodput.batch(batch)
             with goodput.spent("compile") if step == start + 1 else nullcontext():
-                state, metrics, request = step_fn(state, batch, tower, key, requests.votes(mesh))
+                votes = requests.votes(mesh)
+                if step == start + 1:
+                    step_fn = hosts.compile_together(step_fn, state, batch, tower, key, votes)
+                state, metrics, request = step_fn(state, batch, tower, key, votes)
             goodput.step(metrics)
             profile.after(step, metrics)
             log.add(step, metrics)
