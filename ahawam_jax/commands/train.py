@@ -38,6 +38,9 @@ WANDB = flags.DEFINE_string("wandb", "", "Project of Weights & Biases that shows
 
 def _train(argv: list[str]) -> None:
     require(argv, CONFIG, WORKDIR)
+    import jax
+
+    from ahawam_jax.planning.mfu import work
     from ahawam_jax.training.clusters import find_job
     from ahawam_jax.training.hosts import join
     from ahawam_jax.training.loop import train
@@ -47,7 +50,9 @@ def _train(argv: list[str]) -> None:
 
     try:
         join(find_job(os.environ, COORDINATOR.value, PROCESS.value, PROCESSES.value))
-        monitoring = Monitoring(parse_window(PROFILE.value), WANDB.value)
+        monitoring = Monitoring(
+            parse_window(PROFILE.value), WANDB.value, lambda config: work(config, jax.devices()[0].device_kind)
+        )
         train(CONFIG.value, WORKDIR.value, ACCEPT.value, monitoring)
     except (ValueError, OSError, FloatingPointError) as error:
         end(1, f"error: {error}")

@@ -52,7 +52,7 @@ class Estimate:
     @property
     def model_operations(self) -> int:
         """Forward and backward pass once, without frozen towers: what MFU counts."""
-        return sum(n for (part, way), n in self.operations.items() if way != "remat" and part not in flops.TOWERS)
+        return flops.of_model(self.operations)
 
     @property
     def arithmetic(self) -> float:

@@ -67,3 +67,8 @@ def count(program: Program) -> Counter[tuple[str, str]]:
         if found := flops(op):
             total[component(op), which_pass(op)] += times * found
     return total
+
+
+def of_model(counted: Counter[tuple[str, str]]) -> int:
+    """Forward and backward pass once, without frozen towers."""
+    return sum(n for (part, way), n in counted.items() if way != "remat" and part not in TOWERS)

@@ -38,6 +38,8 @@ class Data:
     record: Record  # what a checkpoint says of all this, JSON-ready
     texts: list[str]  # what `instruction` of a batch counts
     text_tower: TextTower
+    robot: np.ndarray  # int32 [I], of every text, its place among `robots`
+    robots: list[str]  # of a mixture of robots; of one alone, none
 
     @property
     def sums(self) -> dict[str, str]:
@@ -49,6 +51,7 @@ class Data:
     def put(self, batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
         """This process's rows of a loader batch on the devices, their instructions replaced by text tokens."""
         rows = {name: x for name, x in batch.items() if name != "instruction"}
+        rows["robot"] = self.robot[batch["instruction"]]
         return sharding.put_batch(rows | self.context(batch["instruction"]), mesh)
 
     def context(self, instruction: np.ndarray) -> dict[str, np.ndarray]:
@@ -111,7 +114,12 @@ def open_data(
             f"The episodes held out of {config.data.path} have {rows} rows, fewer than config.data.batch_size "
             f"{config.data.batch_size}; hold out more or none."
         )
-    return Data(train, validation, windows, statistics, record, instructions(train), text_tower)
+    robots = sorted({source.dataset.robot for source in train})
+    robot = [robots.index(source.dataset.robot) for source in train for _ in source.dataset.instructions]
+    return Data(
+        train, validation, windows, statistics, record, instructions(train), text_tower, np.array(robot, np.int32),
+        robots if len(robots) > 1 else [],
+    )  # fmt: skip
 
 
 def _record(

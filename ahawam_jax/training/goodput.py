@@ -18,7 +18,7 @@ from data_pipelines.progress import clock, say
 
 # steps: the devices compute.  data: they wait for a batch.  start: data are opened, the state is made or restored.
 # stopped: between what one start wrote last and the next start, so lost steps too.
-CAUSES = ("steps", "data", "compile", "checkpoint", "validation", "start", "stopped", "other")
+CAUSES = ("steps", "data", "compile", "checkpoint", "validation", "log", "profile", "start", "stopped", "other")
 
 
 class Goodput:

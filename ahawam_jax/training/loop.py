@@ -20,6 +20,7 @@ from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.towers.building import build_text_tower, build_video_tower
 from ahawam_jax.training import hosts, sharding
 from ahawam_jax.training.adapters import without_adapters
+from ahawam_jax.training.breakdown import names
 from ahawam_jax.training.crash import leaves_behind
 from ahawam_jax.training.data import Data, open_data
 from ahawam_jax.training.goodput import Goodput
@@ -102,7 +103,7 @@ def _train(
     start = int(state.step)
     run = {"config": asked, "steps": config.train.steps, **data.record}
     step_fn = jax.jit(
-        with_votes(make_train_step(model, tx, objective, optimizer)), donate_argnums=0,
+        with_votes(make_train_step(model, tx, objective, optimizer, data.robots)), donate_argnums=0,
         out_shardings=(layout, sharding.replicated(mesh), sharding.replicated(mesh)),
     )  # fmt: skip
     open_loop_error = make_open_loop_error(model, config.policy.steps, objective.shift)
@@ -113,7 +114,7 @@ def _train(
     schedule = learning_rate(optimizer, config.train.steps)
     first = jax.process_index() == 0
     boards = [Wandb(monitoring.wandb, workdir, asked)] if monitoring.wandb and first else []
-    log, error = Log(workdir, start, checkpoints, boards=boards), float("nan")
+    log, error = Log(workdir, start, checkpoints, names(data.robots), boards), float("nan")
     _banner(config, model, data, mesh, start)
     shortest = _shortest_step(monitoring.work(config), mesh.size) if first else None
     facts = {"config": asked, "mesh": sharding.describe_mesh(mesh), "hosts": hosts.gather(socket.gethostname())}
@@ -141,7 +142,7 @@ def _train(
 
     goodput.started(start)
     with (
-        leaves_behind(workdir, facts, log), Profile(monitoring.profile, workdir / "profile") as profile,
+        leaves_behind(workdir, facts, log), Profile(monitoring.profile, workdir / "profile", goodput) as profile,
         sharding.activation_rules(mesh), Requests(config.train.checkpoint_minutes) as requests,
     ):  # fmt: skip
         if start == config.train.steps:  # nothing left to train: a demo that was stopped later still reports it
@@ -162,7 +163,8 @@ def _train(
             log.add(step, metrics)
             watch.add(step, request, metrics["skipped"])
             if step % config.train.log_every == 0 or last:
-                means = log.flush()
+                with goodput.spent("log"):
+                    means = log.flush()
                 seconds, waited = goodput.rate(step)
                 rates = {"step_seconds": seconds, "data_wait": waited}
                 rates |= {} if shortest is None else {"mfu": shortest / seconds}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ahawam_jax import flow_matching
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.planner import History
+from ahawam_jax.training.breakdown import SampleLosses
 
 ACTION_TIMES = ("per_chunk", "shared")
 
@@ -156,22 +157,28 @@ def joint_loss(
         error = masked_mean(jnp.square(prediction - target), present)
         weight = flow_matching.loss_weight(action_times, cfg.shift, cfg.action_loss_weight)
         weighted = (error * weight[..., None]).reshape(-1, horizon)
-        return masked_mean(weighted, keep).mean(), prediction, recorded.pop("act", None)
+        by_sample, by_chunk = masked_mean(weighted, keep), masked_mean(error, keep.reshape(error.shape))
+        return by_sample.mean(), prediction, recorded.pop("act", None), by_sample, by_chunk
 
-    action_losses, predictions, acted = jax.vmap(action_draw)(noise.action, noise.action_times)
+    action_losses, predictions, acted, by_sample, by_chunk = jax.vmap(action_draw)(noise.action, noise.action_times)
     loss_action = cfg.action_weight * action_losses.mean()
 
     frame_error = jnp.square(planned.velocity - (noise.video - clean))[:, :, 1:].mean((1, 3, 4))  # [B, F-1]
     pad = batch["image_is_pad"][:, 1:].reshape(*frame_error.shape, -1).all(2)
     per_sample = masked_mean(frame_error, ~pad)
     weight = flow_matching.loss_weight(noise.video_times, cfg.shift, cfg.loss_weight)
-    loss_video = cfg.video_weight * (per_sample * weight).mean()
+    weighted_video = per_sample * weight
+    loss_video = cfg.video_weight * weighted_video.mean()
     parts = {
         "loss_video": loss_video,
         "loss_action": loss_action,
         "loss_video_per_sample_unweighted": per_sample,
         "pred_video": planned.velocity,
         "pred_action": predictions,
+        "samples": SampleLosses(
+            cfg.video_weight * weighted_video, cfg.action_weight * by_sample.mean(0), per_sample, ~pad.all(1),
+            by_chunk, keep.reshape(by_chunk.shape[1:] + (-1,)).any(2),
+        ),
     }
     if capture:
         recorded["act"] = acted

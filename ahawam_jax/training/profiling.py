@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from ahawam_jax.training.goodput import Goodput
 from data_pipelines.progress import say
 
 
@@ -21,14 +22,15 @@ def parse_window(text: str) -> tuple[int, int] | None:
 class Profile:
     """Traces the devices of process 0 from the beginning of one step to the end of another, into a folder."""
 
-    def __init__(self, window: tuple[int, int] | None, folder: Path):
+    def __init__(self, window: tuple[int, int] | None, folder: Path, goodput: Goodput):
         self._window = window if jax.process_index() == 0 else None
-        self._folder, self._running = folder, False
+        self._folder, self._goodput, self._running = folder, goodput, False
 
     def before(self, step: int) -> None:
         """To be called before a step."""
         if self._window and step == self._window[0]:
-            jax.profiler.start_trace(self._folder)
+            with self._goodput.spent("profile"):
+                jax.profiler.start_trace(self._folder)
             self._running = True
 
     def after(self, step: int, outputs: Any) -> None:
@@ -44,6 +46,7 @@ class Profile:
         """Writes what there is."""
         if self._running:
             self._running = False
-            jax.profiler.stop_trace()
+            with self._goodput.spent("profile"):
+                jax.profiler.stop_trace()
             first, last = self._window
             say(f"profile of steps {first} to {last}: {self._folder}; tensorboard and xprof show it")

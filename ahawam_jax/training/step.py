@@ -3,7 +3,7 @@
 A step whose loss or gradient is not finite is skipped: it counts, and changes nothing else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax
@@ -15,6 +15,7 @@ from ahawam_jax.models.aha_wam import AhaWam, init
 from ahawam_jax.towers.building import VideoTower
 from ahawam_jax.towers.encoding import encode
 from ahawam_jax.training.adapters import add_adapters, merged
+from ahawam_jax.training.breakdown import batch_sums, breakdown
 from ahawam_jax.training.objective import ObjectiveConfig, joint_loss, sample_noise
 from ahawam_jax.training.optimizer import OptimizerConfig, join, split
 
@@ -50,21 +51,25 @@ def create_state(
 
 
 def make_train_step(
-    model: AhaWam, tx: optax.GradientTransformation, objective: ObjectiveConfig, optimizer: OptimizerConfig
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    model: AhaWam, tx: optax.GradientTransformation, objective: ObjectiveConfig, optimizer: OptimizerConfig,
+    robots: Sequence[str] = (),
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """The pure function (state, batch, tower, key) -> (state, metrics).
 
     The randomness of a step is a function of `key` and the step's number alone. metrics["skipped"] is 1 where the step
-    was skipped, else 0.
+    was skipped, else 0. metrics["parts"] is a vector, see `breakdown.names`; robots: what `robot` of the batch counts.
     """
 
     def loss_and_gradient(trained, frozen, batch, key):
         def loss_fn(trained):
             params = merged(join(trained, frozen), optimizer.lora_scale)
-            return joint_loss(model, params, batch, sample_noise(key, batch, model, objective), objective)
+            noise = sample_noise(key, batch, model, objective)
+            loss, parts = joint_loss(model, params, batch, noise, objective)
+            sums = batch_sums(parts["samples"], noise.video_times, noise.action_times, batch, len(robots))
+            return loss, {"loss_video": parts["loss_video"], "loss_action": parts["loss_action"], "parts": sums}
 
-        (loss, parts), gradient = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-        return {"loss": loss, "loss_video": parts["loss_video"], "loss_action": parts["loss_action"]}, gradient
+        (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        return {"loss": loss, **metrics}, gradient
 
     def train_step(state: TrainState, batch: Batch, tower: VideoTower, key: jax.Array):
         key = jax.random.fold_in(key, state.step)
@@ -90,6 +95,7 @@ def make_train_step(
         updates, opt_state = tx.update(gradient, state.opt_state, trained)
         params = join(optax.apply_updates(trained, updates), frozen)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
+        metrics["parts"] = breakdown(metrics["parts"], gradient, state.params)
         ema = state.ema
         if ema is not None:
             # Early on the average follows closely, so that it is not dominated by the initial values.

@@ -21,7 +21,7 @@ LENGTH, DIM = 256, 1024  # 512 KiB a prompt
 
 def data_of(texts: list[str], cache: Path) -> Data:
     """Of which only the text is there."""
-    return Data([], [], None, {}, {}, texts, CachedText(cache, DIM, LENGTH))
+    return Data([], [], None, {}, {}, texts, CachedText(cache, DIM, LENGTH), np.zeros(len(texts), int), [])
 
 
 def test_a_batch_gets_the_tokens_of_its_instructions_bit_for_bit(tmp_path: Path) -> None:

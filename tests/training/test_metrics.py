@@ -189,14 +189,16 @@ def test_a_window_of_steps_is_profiled(tmp_path: Path, monkeypatch: pytest.Monke
     calls: list[Any] = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(folder))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    with Profile(parse_window("3:4"), tmp_path) as profile:
+    goodput = Goodput(tmp_path / "goodput.json")
+    with goodput, Profile(parse_window("3:4"), tmp_path, goodput) as profile:
         for step in range(1, 7):
             profile.before(step)
             calls.append(step)
             profile.after(step, ())
     assert calls == [1, 2, tmp_path, 3, 4, "stop", 5, 6]
     calls.clear()
-    with Profile((2, 9), tmp_path) as profile:  # the run ends before
+    goodput = Goodput(tmp_path / "goodput.json")
+    with goodput, Profile((2, 9), tmp_path, goodput) as profile:  # the run ends before
         profile.before(2)
     assert calls == [tmp_path, "stop"]
     assert parse_window("") is None

@@ -67,7 +67,7 @@ def test_weights_are_gathered_twice_and_reduced_once(fsdp: tuple[str, str, int])
     assert 0.9 * weights < found["all-reduce", "f32"][1] < weights
     assert found["all-to-all", "f32"][1] < 0.02 * weights
     if jaxlib.__version__.startswith("0.10."):  # the figures of that compiler: a collective more is seen
-        at_most = {"all-gather": (198, 13_627_264), "all-reduce": (328, 7_670_280), "all-to-all": (264, 142_336)}
+        at_most = {"all-gather": (198, 13_627_264), "all-reduce": (400, 7_670_636), "all-to-all": (264, 142_336)}
         for kind, figures in at_most.items():
             assert found[kind, "f32"] <= figures, f"{kind}: {found[kind, 'f32']} arrays and bytes"
 
