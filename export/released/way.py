@@ -6,17 +6,18 @@ device in every pass and multiply in float64; time is embedded per token, and mo
 every pass; the state token joins the text in every step, and text is embedded, and read into keys and values, by
 every block of every step; the router is a loop over layers; the memory is a list of frames joined by torch.cat; and
 the planner's last block runs to its end. Left out, to the benefit of this side, are all checks of arguments.
-`export.released.vae` is the video tower.
+`export.released.vae` is the video tower, `export.released.training` the training step.
 
 Parameters have the release's names and shapes, so modules share memory with whoever holds the same weights.
 
-Axis letters: B batch, S tokens of one frame, T action tokens, K text tokens, L layers, A = N heads x H head width,
-D model width, X text width, c latent channels.
+Axis letters: B batch, C chunks, S tokens of one frame, T action tokens, Q queries, K text tokens, L layers,
+A = N heads x H head width, D model width, X text width, c latent channels.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def rotary_table(width: int) -> Tensor:
 
 
 def rotate(x: Tensor, factors: Tensor, heads: int) -> Tensor:
-    """x [B, S, A], factors complex128 [S, 1, H/2]."""
+    """x [B, S, A], factors complex128 [S, 1, H/2] or [B, S, 1, H/2]."""
     cos, sin = factors.real, factors.imag
     even, odd = x.float().unflatten(-1, (heads, -1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(2).to(x.dtype)
@@ -111,15 +112,21 @@ class Block(nn.Module):
         self, x: Tensor, rows: Tensor, factors: Tensor, prefix: tuple[Tensor, Tensor] | None, mask: Tensor | None,
         text: Tensor, text_mask: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """x [B, S, D], rows [B, S, 6, D], prefix k, v [B, M, A], text [B, K, D] -> x and its own k, v [B, S, A]."""
+        """x [B, S, D], rows [B, S, 6, D], prefix k, v [B, M, A], text [B, K, D] -> x and its own k, v [B, S, A].
+
+        A prefix of B * C rows is one for every chunk: a chunk sees its own prefix and itself.
+        """
         own, cross = self.self_attn, self.cross_attn
         rows = (y.squeeze(2) for y in (self.modulation + rows).chunk(6, 2))
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = rows
         y = modulate(self.norm1(x), shift, scale)
         q, k, v = own.norm_q(own.q(y)), own.norm_k(own.k(y)), own.v(y)
         q, k = rotate(q, factors, self.heads), rotate(k, factors, self.heads)
-        keys, values = (k, v) if prefix is None else (torch.cat([prefix[0], k], 1), torch.cat([prefix[1], v], 1))
-        x = x + gate * own.o(attention(q, keys, values, self.heads, mask))
+        keys, values = k, v
+        if prefix is not None:
+            q, keys, values = (y.reshape(len(prefix[0]), -1, y.shape[2]) for y in (q, k, v))
+            keys, values = (torch.cat(parts, 1) for parts in zip(prefix, (keys, values), strict=True))
+        x = x + gate * own.o(attention(q, keys, values, self.heads, mask).reshape(k.shape))
         q, text_k, text_v = cross.norm_q(cross.q(self.norm3(x))), cross.norm_k(cross.k(text)), cross.v(text)
         x = x + cross.o(attention(q, text_k, text_v, self.heads, text_mask))
         return x + gate_ffn * self.ffn(modulate(self.norm2(x), shift_ffn, scale_ffn)), k, v
@@ -139,15 +146,18 @@ class Transformer(nn.Module):
     def forward(
         self, x: Tensor, times: Tensor, factors: Tensor, prefix: Cache | None, mask: Tensor | None, text: Tensor,
         text_mask: Tensor,
-    ) -> tuple[Tensor, Cache]:  # fmt: skip
-        """x [B, S, D], times [B, S], text [B, K, X], mask [B, K] -> x and every layer's keys and values."""
-        rows = self.time_projection(self.time_embedding(sinusoid(times.flatten(), self.freq_dim)))
-        rows = rows.view(*times.shape, 6, -1)
-        text, text_mask, cache = self.text_embedding(text), text_mask[:, None].expand(-1, x.shape[1], -1), []
+    ) -> tuple[Tensor, Cache, Tensor]:  # fmt: skip
+        """x [B, S, D], times [B, S], text [B, K, X], text_mask [B, K] or [B, S, K] -> x, every layer's keys and
+        values, and the embedded times [B, S, D]."""
+        embedded = self.time_embedding(sinusoid(times.flatten(), self.freq_dim))
+        rows = self.time_projection(embedded).view(*times.shape, 6, -1)
+        if text_mask.ndim == 2:
+            text_mask = text_mask[:, None].expand(-1, x.shape[1], -1)
+        text, cache = self.text_embedding(text), []
         for i, block in enumerate(self.blocks):
             x, k, v = block(x, rows, factors, prefix[i] if prefix else None, mask, text, text_mask)
             cache.append((k, v))
-        return x, cache
+        return x, cache, embedded.view(*times.shape, -1)
 
 
 class QueryEncoder(nn.Module):
@@ -177,19 +187,19 @@ class CacheEditor(nn.Module):
         self.delta_gate = nn.Parameter(torch.empty(config.num_layers))
 
     def forward(self, queries: Tensor, cache: Cache) -> Cache:
-        """queries [B, Q, X]; every layer's keys and values, changed."""
+        """queries [B, C, Q, X]; every layer's keys and values, changed for every chunk, [B, C, S, A]."""
         edited = []
         for i, (frame_k, frame_v) in enumerate(cache):
             q = self.layer_query_proj[i](queries)
             q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, frame_k, frame_v))
             root = math.sqrt(q.shape[-1])
-            weights = (torch.einsum("bqnh,bsnh->bnqs", q, k) / root).softmax(-1)
-            gathered = torch.einsum("bnqs,bsnh->bqnh", weights, v)
-            weights = (torch.einsum("bsnh,bqnh->bnsq", k, gathered) / root).softmax(-1)
-            returned = torch.einsum("bnsq,bqnh->bsnh", weights, gathered).flatten(2)
+            weights = (torch.einsum("bcqnh,bsnh->bncqs", q, k) / root).softmax(-1)
+            gathered = torch.einsum("bncqs,bsnh->bcqnh", weights, v)
+            weights = (torch.einsum("bsnh,bcqnh->bncsq", k, gathered) / root).softmax(-1)
+            returned = torch.einsum("bncsq,bcqnh->bcsnh", weights, gathered).flatten(3)
             delta_k, delta_v = self.layer_delta_proj[i](returned).chunk(2, -1)
             gate = torch.sigmoid(self.delta_gate[i]).to(delta_k.dtype)
-            edited.append((frame_k + gate * delta_k, frame_v + gate * delta_v))
+            edited.append((frame_k[:, None] + gate * delta_k, frame_v[:, None] + gate * delta_v))
         return edited
 
 
@@ -219,7 +229,7 @@ class ReleasedWay(nn.Module):
         return {name: release_name(name) for name in own}
 
     @classmethod
-    def load(cls, state: Mapping[str, Tensor], config: ModelConfig) -> "ReleasedWay":
+    def load(cls, state: Mapping[str, Tensor], config: ModelConfig) -> Self:
         """Around tensors by release name, all in one dtype and on one device; they are not copied."""
         with torch.device("meta"):
             model = cls(config).requires_grad_(False)
@@ -228,12 +238,13 @@ class ReleasedWay(nn.Module):
         model.tables = [rotary_table(width) for width in (config.head_dim - 2 * side, side, config.head_dim)]
         return model
 
-    def video_factors(self, frame: int, rows: int, columns: int) -> Tensor:
-        """Rotary factors of one frame's tokens, complex128 [S, 1, H/2] on the host."""
+    def video_factors(self, frames: int | Tensor, rows: int, columns: int) -> Tensor:
+        """Rotary factors of the tokens of frames int [...], complex128 [..., S, 1, H/2] on the host."""
         time, side, _ = self.tables
-        grid = (rows, columns, -1)
-        parts = time[frame].expand(grid), side[:rows, None].expand(grid), side[:columns].expand(grid)
-        return torch.cat(parts, -1).flatten(0, 1)[:, None]
+        time = time[frames][..., None, None, :]
+        grid = (*time.shape[:-3], rows, columns, -1)
+        parts = time.expand(grid), side[:rows, None].expand(grid), side[:columns].expand(grid)
+        return torch.cat(parts, -1).flatten(-3, -2).unsqueeze(-2)
 
     def action_factors(self, start: int) -> Tensor:
         """Rotary factors of a chunk whose first action is at `start`, complex128 [T, 1, H/2] on the host."""
@@ -251,7 +262,8 @@ class ReleasedWay(nn.Module):
 
     def route(self, latents: Tensor, cache: Cache) -> Cache:
         """Keys and values changed by the observation of now, latents [B, c, h, w]."""
-        return self.editor(self.queries(latents), cache)
+        edited = self.editor(self.queries(latents)[:, None], cache)
+        return [(k[:, 0], v[:, 0]) for k, v in edited]
 
     def queries(self, latents: Tensor) -> Tensor:
         """latents [B, c, h, w] -> [B, Q, X]."""
@@ -274,7 +286,7 @@ class ReleasedWay(nn.Module):
             mask = torch.cat([text_mask, text_mask.new_ones(len(text_mask), 1)], 1)
             times = torch.full(x.shape[:2], flow_matching.NUM_TRAIN_TIMES * now, dtype=dtype, device=x.device)
             y = self.action.action_encoder(x) + self.branch[ACTION_BRANCH]
-            y, _ = self.action(y, times, turned, cache, None, context, mask)
+            y, *_ = self.action(y, times, turned, cache, None, context, mask)
             velocity = flow_matching.to_velocity(self.action.head(y), x, now, self.config.prediction)
             x = x + velocity * (after - now)
         return x
