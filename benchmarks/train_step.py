@@ -22,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import SPATIAL_STRIDE, ModelConfig
@@ -32,19 +33,23 @@ from ahawam_jax.training.objective import ObjectiveConfig
 from ahawam_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ahawam_jax.training.step import Batch, create_state, make_train_step
 from configs import robotwin
+from data_pipelines.windows import WindowConfig
 from export.measure.machine import describe, matmul_tflops
 
 TINY = dict(num_layers=2, num_heads=2, head_dim=24, planner_dim=48, planner_ffn_dim=96, executor_dim=32,
             executor_ffn_dim=64, text_dim=32)  # fmt: skip
 PEAK = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bfloat16, TFLOP/s, by the vendor's datasheets
 CANVAS, TEXT, WARM_UP = (384, 320), 128, 2
+WINDOWS = WindowConfig()  # RoboTwin's
 
 
-def random_batch(config: ModelConfig, size: int, canvas: tuple[int, int]) -> Batch:
+def random_batch(
+    config: ModelConfig, size: int, canvas: tuple[int, int], windows: WindowConfig = WINDOWS, text: int = TEXT
+) -> Batch:
     """What the loader hands over when latents are cached; names and shapes as in `joint_loss`."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
     grid = tuple(side // SPATIAL_STRIDE for side in canvas)
-    frames = config.horizon // config.video_ratio + 1
+    frames = windows.video_frames
 
     def normal(*shape: int) -> jax.Array:
         return jax.random.normal(next(keys), (size, *shape))
@@ -59,18 +64,20 @@ def random_batch(config: ModelConfig, size: int, canvas: tuple[int, int]) -> Bat
         "video_history_frame_indices": jnp.tile(jnp.arange(history) * frames, (size, 1)),
         "video_temporal_position_ids": jnp.tile(history * frames + 4 * jnp.arange(latent_frames), (size, 1)),
         "image_is_pad": jnp.zeros((size, frames), bool),
-        "context": normal(TEXT, config.text_dim).astype(jnp.bfloat16),
-        "context_mask": jnp.ones((size, TEXT), bool),
-        "action": normal(config.horizon, config.action_dim),
-        "action_is_pad": jnp.zeros((size, config.horizon), bool),
-        "proprio": normal(config.horizon, config.state_dim),
+        "context": normal(text, config.text_dim).astype(jnp.bfloat16),
+        "context_mask": jnp.ones((size, text), bool),
+        "action": normal(windows.rows, config.action_dim),
+        "action_is_pad": jnp.zeros((size, windows.rows), bool),
+        "proprio": normal(windows.rows, config.state_dim),
         "action_offset": jnp.zeros(size, jnp.int32),
     }
 
 
-def step_of(config: ModelConfig) -> tuple[Callable[..., Any], Callable[[jax.Array], Any]]:
-    """The training step (state, batch, key) -> (state, metrics), and the function that makes its state from a key."""
-    run = robotwin.get_config()
+def step_of(config: ModelConfig, run: ConfigDict) -> tuple[Callable[..., Any], Callable[[jax.Array], Any]]:
+    """The training step (state, batch, key) -> (state, metrics), and the function that makes its state from a key.
+
+    run: has the optimizer and the objective.
+    """
     optimizer = OptimizerConfig(**run.optimizer)
     model, tx = AhaWam(config), make_optimizer(optimizer, run.train.steps)
     step = make_train_step(model, tx, ObjectiveConfig(**run.objective), optimizer)
@@ -82,7 +89,7 @@ def step_of(config: ModelConfig) -> tuple[Callable[..., Any], Callable[[jax.Arra
 
 def flops_of(config: ModelConfig, canvas: tuple[int, int]) -> float:
     """Of one sample's forward and backward pass."""
-    step, create = step_of(config)
+    step, create = step_of(config, robotwin.get_config())
     state = jax.eval_shape(create, jax.random.key(0))
     batch = jax.eval_shape(lambda: random_batch(config, 1, canvas))
     return sum(count(read(jax.make_jaxpr(step)(state, batch, jax.random.key(0)))).values())
@@ -109,7 +116,7 @@ def top_kernels(run: Callable[[], Any], count: int) -> list[dict[str, Any]]:
 
 def measure(config: ModelConfig, size: int, canvas: tuple[int, int], repeats: int) -> dict[str, Any]:
     """Median step of `size` samples, and what the compiler says of its memory."""
-    step, create = step_of(config)
+    step, create = step_of(config, robotwin.get_config())
     batch, key = random_batch(config, size, canvas), jax.random.key(1)
     began = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(create, key), batch, key).compile()

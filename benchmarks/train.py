@@ -1,0 +1,243 @@
+"""Seconds and memory of one training step: ours, and an eager PyTorch step of the released maths, side by side.
+
+    python -m benchmarks.train --size demo               # the demo's 1.6M parameters, 16 samples a step
+    python -m benchmarks.train --size mid --steps 20     # 67M parameters, 4 samples a step, 64 actions each
+
+Ours is the step that `ahawam train` compiles; the other is `export.released.training`, which tests hold to the same
+loss, gradients and updates. Both run on the CPU in float32, on the same threads and processors, from the same weights,
+on the same batch of latents with the release's objective, and draw their own noise; only in the first steps they are
+given the same, and their losses must agree. Each has a process of its own, so that memory can be told apart. They take
+turns, step by step, while the other waits; a step ends when its loss is there as a number. "processor" is the time
+that the process's threads ran in a step: on a busy machine, with --threads 1, the figure to trust, since PyTorch's
+threads wait for one another and for a processor. "peak, step" is the memory of a process in a timed step, in which
+ours still holds its compiler; "peak, all" is from the start, "imports" what both have before they make anything.
+
+To compare with an older commit, run the same command in a checkout of it (`git worktree add`), as far back as it has
+this file; the released side, which hardly changes, says how far the two runs of the machine can be compared.
+"""
+
+import argparse
+import ctypes
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+from safetensors.torch import load_file, save_file
+
+from ahawam_jax.models.aha_wam import AhaWam
+from ahawam_jax.models.config import ModelConfig
+from ahawam_jax.towers.latents import make_canvas, make_windows
+from ahawam_jax.training.objective import ObjectiveConfig, sample_noise
+from ahawam_jax.training.optimizer import OptimizerConfig
+from ahawam_jax.weights.release import to_release
+from benchmarks import train_step
+from configs import demo, robotwin
+from data_pipelines.processes import WorkerError, ending, follow_parent, out_of_reach_of_ctrl_c
+from data_pipelines.progress import Progress
+from export.measure.machine import describe
+from export.released.training import Noise, ReleasedTraining, Trainer, draw_noise
+
+# What a size changes of the demo's model.
+MODELS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "mid": dict(num_layers=8, num_heads=10, head_dim=48, planner_dim=576, planner_ffn_dim=2304, executor_dim=288,
+                executor_ffn_dim=1152, text_dim=512, num_queries=16, horizon=64, memory_frames=6),
+    "tiny": train_step.TINY,
+}  # fmt: skip
+SAMPLES = {"demo": 16, "mid": 4, "tiny": 2}
+OURS, RELEASED = "ours", "released way, eager"
+CHECKED, WARM_UP = 3, 4  # steps with the same noise, and steps before the first that counts
+AGREEMENT = 1e-3  # of the losses of these steps, relative; float32, and Adam divides by small numbers
+
+
+def run_of(size: str) -> ConfigDict:
+    """The demo's configuration at a size, with the release's objective and a rate that begins at its peak."""
+    run = demo.get_config()
+    run.model.update(MODELS[size], prediction="velocity")
+    run.objective = robotwin.get_config().objective
+    run.optimizer.warmup_steps = 0
+    return run
+
+
+class Ours:
+    """The step as `ahawam train` compiles it. Leaves weights, batch and first noise in the folder."""
+
+    def __init__(self, size: str, folder: Path) -> None:
+        run = run_of(size)
+        config = ModelConfig.create(run.model)
+        step, create = train_step.step_of(config, run)
+        self.key = jax.random.key(1)
+        self.state = jax.jit(create)(jax.random.key(0))
+        windows, text = make_windows(run, config), run.towers.text_length
+        self.batch = train_step.random_batch(config, SAMPLES[size], make_canvas(run).size, windows, text)
+        self.batch["context"] = self.batch["context"].astype(np.float32)
+        save(to_release(self.state.params), folder / "weights")
+        save(self.batch, folder / "batch")
+        objective = ObjectiveConfig(**run.objective)
+        for i in range(CHECKED):
+            key = jax.random.fold_in(jax.random.fold_in(self.key, i), 0)  # of step i and its only microbatch
+            noise = sample_noise(key, self.batch, AhaWam(config), objective)
+            drawn = (noise.video, noise.video_times, noise.action[0], noise.action_times[0])
+            save(dict(zip(Noise._fields, drawn, strict=True)), folder / f"noise{i}")
+        self.compiled = jax.jit(step, donate_argnums=0).lower(self.state, self.batch, self.key).compile()
+
+    def step(self) -> float:
+        """The loss."""
+        self.state, metrics = self.compiled(self.state, self.batch, self.key)
+        return float(metrics["loss"])
+
+
+class Released:
+    """The released way, from what `Ours` left."""
+
+    def __init__(self, size: str, folder: Path) -> None:
+        run = run_of(size)
+        self.config, weights = ModelConfig.create(run.model), load_file(folder / "weights")
+        optimizer = OptimizerConfig(**run.optimizer)
+        self.trainer = Trainer(ReleasedTraining.load(weights, self.config), optimizer, run.train.steps)
+        self.batch = load_file(folder / "batch")
+        self.noise = [Noise(**load_file(folder / f"noise{i}")) for i in range(CHECKED)]
+
+    def step(self) -> float:
+        """The loss."""
+        noise = self.noise.pop(0) if self.noise else draw_noise(self.batch, self.config)
+        return self.trainer.step(self.batch, noise)
+
+
+SIDES: dict[str, Callable[[str, Path], Any]] = {OURS: Ours, RELEASED: Released}
+
+
+def save(arrays: dict[str, Any], path: Path) -> None:
+    save_file({name: torch.from_numpy(np.array(x, order="C")) for name, x in arrays.items()}, path)
+
+
+def peak_mib() -> float:
+    """Of this process, since it was last asked; the kernel counts it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(line.split()[1]) / 1024
+
+
+def serve(name: str, size: str, folder: Path, threads: list[int], pipe: Connection) -> None:
+    """A side in its process, on these processors: what it is and what it takes, then a step whenever it is asked."""
+    follow_parent()
+    os.sched_setaffinity(0, threads)  # before JAX counts them
+    torch.set_num_threads(len(threads))
+    imported = peak_mib()
+    side = SIDES[name](size, folder)
+    pipe.send((describe(), imported, peak_mib()))
+    ctypes.CDLL(None).malloc_trim(0)  # what compiling left to the allocator
+    peak_mib()
+    while pipe.recv():
+        began, ran = time.perf_counter(), time.process_time()
+        loss = side.step()
+        pipe.send((time.perf_counter() - began, time.process_time() - ran, loss, peak_mib()))
+
+
+class Side:
+    """The other end of `serve`."""
+
+    def __init__(self, name: str, *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(name, *arguments, theirs), daemon=True)
+        with out_of_reach_of_ctrl_c():
+            self.process.start()
+        theirs.close()
+        self.device, self.imported, self.built = self.receive()
+        # Of every step.
+        self.seconds: list[float] = []
+        self.processor: list[float] = []
+        self.losses: list[float] = []
+        self.peaks: list[float] = []
+
+    def receive(self) -> Any:
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise WorkerError(f"The process of {self.name} {ending(self.process.exitcode)}.") from None
+
+    def step(self) -> None:
+        self.pipe.send(True)
+        for values, value in zip((self.seconds, self.processor, self.losses, self.peaks), self.receive(), strict=True):
+            values.append(value)
+
+    def close(self) -> None:
+        self.pipe.send(False)
+        self.process.join()
+
+    def times(self) -> tuple[float, float, float]:
+        """Of the timed steps: the median, the fastest, the median of the processor's time; seconds."""
+        timed = self.seconds[WARM_UP:]
+        return float(np.median(timed)), min(timed), float(np.median(self.processor[WARM_UP:]))
+
+    def row(self) -> str:
+        """Of the table."""
+        memory = max(self.peaks[WARM_UP:]), max(self.built, *self.peaks), self.imported
+        return (
+            f"{self.name:20}"
+            + "".join(f"{x:11.4f} s" for x in self.times())
+            + "".join(f"{x:11,.0f} MiB" for x in memory)
+        )
+
+
+def measure(size: str, steps: int, threads: list[int]) -> tuple[Side, Side]:
+    """Ours and the released way after `steps` timed steps each, in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        sides = tuple(Side(name, size, Path(folder), threads) for name in SIDES)
+        progress = Progress(WARM_UP + steps, "steps of each")
+        for _ in range(WARM_UP + steps):
+            for side in sides:
+                side.step()
+            progress.add(", ".join(f"{side.name} {side.seconds[-1]:.3g} s" for side in sides), 1)
+        for side in sides:
+            side.close()
+    return sides
+
+
+def agreement(ours: list[float], released: list[float]) -> str:
+    """How far losses of the same noise are apart. SystemExit where the two do not compute the same."""
+    apart = np.max(np.abs(np.subtract(ours, released) / released))  # NaN stays
+    if not apart <= AGREEMENT:
+        sys.exit(f"The two do not compute the same: losses {ours} and {released} of the same noise.")
+    return f"the losses of the first {len(ours)} steps, of the same noise, differ by {apart:.1e} at most"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--size", choices=MODELS, default="demo", help="tiny is for the test (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of each (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="of each, and processors (default %(default)s)")
+    options = parser.parse_args(arguments)
+    if min(options.steps, options.threads) < 1:
+        parser.error("--steps and --threads are at least 1")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that are started
+    threads, (busy, *_) = sorted(os.sched_getaffinity(0))[: options.threads], os.getloadavg()
+    ours, released = measure(options.size, options.steps, threads)
+    print(
+        f"{ours.device}, torch {version('torch')}; {len(threads)} threads, load average {busy:.1f} at the start\n"
+        f"{options.size}: {SAMPLES[options.size]} samples a step, {options.steps} steps of each in turn\n"
+        f"{'':20}{'median':>13}{'fastest':>13}{'processor':>13}{'peak, step':>15}{'peak, all':>15}{'imports':>15}\n"
+        f"{ours.row()}\n{released.row()}"
+    )
+    median, fastest, processor = (a / b for a, b in zip(ours.times(), released.times(), strict=True))
+    print(f"ours / released: median {median:.2f}, fastest {fastest:.2f}, processor {processor:.2f}")
+    print(agreement(ours.losses[:CHECKED], released.losses[:CHECKED]))
+
+
+if __name__ == "__main__":
+    main()
