@@ -9,6 +9,7 @@ from tests.tiny_config import get_config
 @pytest.mark.parametrize(("kind", "most"), [("NVIDIA H100 80GB HBM3", 989e12), ("TPU v5", 459e12)])
 def test_work_of_a_step(kind: str, most: float) -> None:
     config = get_config()
+    config.model.remat = "full"
     operations, peak = work(config, kind)
     assert peak == most
     config.model.remat = "none"
