@@ -2,6 +2,8 @@
 
     python -m benchmarks.train_step --batch 4 8          # full size, random weights: 110 GiB of device memory
     python -m benchmarks.train_step --layers 14          # a member of the family with fewer layers, for 80 GB
+    python -m benchmarks.train_step --freeze planner --batch 32       # only executor and router are trained
+    python -m benchmarks.train_step --lora 'planner/.*kernel' --batch 16
     python -m benchmarks.train_step --tiny               # the same code at a size for a CPU; its numbers mean nothing
 
 FLOPs are those of the matrix products in the step's jaxpr, bodies of scans times their length; without
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ahawam_jax.models import attention
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import SPATIAL_STRIDE, ModelConfig
 from ahawam_jax.planning.flops import count
@@ -87,9 +90,9 @@ def step_of(config: ModelConfig, run: ConfigDict) -> tuple[Callable[..., Any], C
     )
 
 
-def flops_of(config: ModelConfig, canvas: tuple[int, int]) -> float:
+def flops_of(config: ModelConfig, run: ConfigDict, canvas: tuple[int, int]) -> float:
     """Of one sample's forward and backward pass."""
-    step, create = step_of(config, robotwin.get_config())
+    step, create = step_of(config, run)
     state = jax.eval_shape(create, jax.random.key(0))
     batch = jax.eval_shape(lambda: random_batch(config, 1, canvas))
     return sum(count(read(jax.make_jaxpr(step)(state, batch, jax.random.key(0)))).values())
@@ -114,9 +117,11 @@ def top_kernels(run: Callable[[], Any], count: int) -> list[dict[str, Any]]:
     ]
 
 
-def measure(config: ModelConfig, size: int, canvas: tuple[int, int], repeats: int) -> dict[str, Any]:
+def measure(
+    config: ModelConfig, run: ConfigDict, size: int, canvas: tuple[int, int], repeats: int
+) -> dict[str, Any]:
     """Median step of `size` samples, and what the compiler says of its memory."""
-    step, create = step_of(config, robotwin.get_config())
+    step, create = step_of(config, run)
     batch, key = random_batch(config, size, canvas), jax.random.key(1)
     began = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(create, key), batch, key).compile()
@@ -148,11 +153,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of planner and executor (default: the configuration's 30)")
     parser.add_argument("--batch", type=int, nargs="+", default=[4], help="samples a step (default 4)")
     parser.add_argument("--remat", default="full", help="config.model.remat (default %(default)s)")
+    parser.add_argument("--freeze", default="", help="config.optimizer.freeze")
+    parser.add_argument("--lora", default="", help="config.optimizer.lora_targets")
+    parser.add_argument("--plain", action="store_true", help="attention without the backend's kernel")
     parser.add_argument("--repeats", type=int, default=8, help="timed steps (default %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
     parser.add_argument("--out", type=Path, help="write all numbers here as JSON, after every batch size")
     options = parser.parse_args()
-    config = ModelConfig.create(robotwin.get_config().model)
+    if options.plain:
+        attention.has_kernel = lambda *_: False
+    run = robotwin.get_config()
+    run.optimizer.update(freeze=options.freeze, lora_targets=options.lora)
+    config = ModelConfig.create(run.model)
     config = dataclasses.replace(config, remat=options.remat, num_layers=options.layers or config.num_layers)
     canvas = (64, 64) if options.tiny else CANVAS
     if options.tiny:
@@ -160,14 +172,14 @@ def main() -> None:
     device = jax.devices()[0]
     peak = next((rate for name, rate in PEAK.items() if name in device.device_kind), float("nan"))
     matrix = matmul_tflops(256 if options.tiny else 8192)
-    model, whole = (flops_of(dataclasses.replace(config, remat=remat), canvas) for remat in ("none", config.remat))
+    model, whole = (flops_of(dataclasses.replace(config, remat=remat), run, canvas) for remat in ("none", config.remat))
     print(
         f"{describe()}\n{config.num_layers} layers, {model / 1e12:.3g} TFLOP a sample ({whole / 1e12:.3g} with remat "
         f"{config.remat}); bfloat16 matrix product {matrix:,.0f} TFLOP/s here, {peak:,.0f} by the datasheet"
     )
     rows: list[dict[str, Any]] = []
     for size in options.batch:
-        row = measure(config, size, canvas, options.repeats)
+        row = measure(config, run, size, canvas, options.repeats)
         rate = size / row["seconds"]
         row |= {"samples/s": rate, "MFU": rate * model / 1e12 / peak, "of matrix rate": rate * model / 1e12 / matrix,
                 "HFU": rate * whole / 1e12 / peak}  # fmt: skip
@@ -182,7 +194,9 @@ def main() -> None:
         for kernel in row["kernels"]:
             print(f"  {kernel['ms']:8.2f} ms {kernel['share']:6.1%} {kernel['calls']:6d} x {kernel['kernel']}")
         if options.out:
-            record = {"device": describe(), "layers": config.num_layers, "remat": config.remat, "TFLOP": model / 1e12}
+            record = {"device": describe(), "layers": config.num_layers, "remat": config.remat,
+                      "freeze": options.freeze, "lora": options.lora, "plain": options.plain,
+                      "TFLOP": model / 1e12}  # fmt: skip
             options.out.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
 
 
