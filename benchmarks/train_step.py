@@ -172,7 +172,9 @@ def main() -> None:
     device = jax.devices()[0]
     peak = next((rate for name, rate in PEAK.items() if name in device.device_kind), float("nan"))
     matrix = matmul_tflops(256 if options.tiny else 8192)
-    model, whole = (flops_of(dataclasses.replace(config, remat=remat), run, canvas) for remat in ("none", config.remat))
+    model, whole = (
+        flops_of(dataclasses.replace(config, remat=remat), run, canvas) for remat in ("none", config.remat)
+    )
     print(
         f"{describe()}\n{config.num_layers} layers, {model / 1e12:.3g} TFLOP a sample ({whole / 1e12:.3g} with remat "
         f"{config.remat}); bfloat16 matrix product {matrix:,.0f} TFLOP/s here, {peak:,.0f} by the datasheet"
