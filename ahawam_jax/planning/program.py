@@ -113,12 +113,20 @@ def _inline(closed: core.ClosedJaxpr, inputs: list[Value], scope: str, ops: list
         else:
             results = [_value(var) for var in eqn.outvars]
             body = _program(inner, here) if name == "scan" else None
-            op = Op(name, dict(eqn.params), given, results, here, body)
+            op = Op(name, eqn.params | _scanned(eqn.params) if body else dict(eqn.params), given, results, here, body)
             for value in results:
                 value.producer = op
             ops.append(op)
         known |= zip(eqn.outvars, results, strict=True)
     return [get(atom) for atom in jaxpr.outvars]
+
+
+def _scanned(params: dict[str, Any]) -> dict[str, int]:
+    """How many constants and carried values a scan has; from JAX 0.11 on it says so by trees."""
+    if "ft_in" not in params:
+        return {}
+    constants, carry, _ = (len(list(tree)) for tree in params["ft_in"].unpack())
+    return {"num_consts": constants, "num_carry": carry}
 
 
 def _called(name: str, params: dict[str, Any]) -> Any:
