@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ahawam_jax.models.attention import plain_attention
 from ahawam_jax.models.config import PATCH
 from ahawam_jax.planning import flops
-from ahawam_jax.planning.program import read
+from ahawam_jax.planning.program import Op, Value, read
 from ahawam_jax.planning.subject import abstract_mesh, make_subject, trace
 from configs import robotwin
 from tests.planning.steps import get_config
@@ -80,3 +81,15 @@ def test_the_full_model() -> None:
     assert (sum(found.values()) - found["router", "remat"]) / 1e12 == pytest.approx(24.6, abs=0.1)
     assert found["history", "forward"] / 1e12 == pytest.approx(6.6, abs=0.05)
     assert sum(n for (_, way), n in found.items() if way != "remat") / 1e12 == pytest.approx(21.0, abs=0.1)
+
+
+def test_attention_by_one_kernel_counts_as_the_plain_form() -> None:
+    """Whose gradient keeps the weights; the kernel's inputs begin with queries, keys and values."""
+    arrays = [jax.ShapeDtypeStruct((2, length, 3, 8), jnp.float32) for length in (5, 7, 7)]
+    values = [Value(x.shape, x.dtype) for x in arrays]
+    whole = jax.make_jaxpr(jax.value_and_grad(lambda *x: plain_attention(*x).sum(), argnums=(0, 1, 2)))(*arrays)
+    forward, both = (
+        sum(flops.count(read(jaxpr)).values()) for jaxpr in (jax.make_jaxpr(plain_attention)(*arrays), whole)
+    )
+    kernels = [flops.flops(Op(f"dot_product_attention_{way}", {}, values, values, "")) for way in ("fwd", "bwd")]
+    assert kernels[0] == forward and sum(kernels) == both
