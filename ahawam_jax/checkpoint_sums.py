@@ -30,7 +30,8 @@ def sums(arrays: Sequence[Any]) -> list[int]:
 
 def find_not_finite(tree: Any) -> str | None:
     """The first array on devices, by path, with a value that is not finite. All processes call it together."""
-    leaves = {name: x for name, x in named(tree).items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    arrays = {name: x for name, x in named(tree).items() if isinstance(x, jax.Array)}
+    leaves = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
     finite = _everywhere(_all_finite, list(leaves.values())) if leaves else ()
     return next((name for name, fine in zip(leaves, finite, strict=True) if not fine), None)
 

@@ -3,7 +3,10 @@
 Axis letters: B batch, S tokens, N heads, H head width. Norms, angles and softmax are float32 whatever the inputs.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import jax
@@ -11,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 ROTARY_BASE = 10000.0
+_plain: ContextVar[bool] = ContextVar("plain", default=False)
 MASKED = -1e30  # finite, so that a fully masked row has finite gradients
 
 
@@ -77,6 +81,16 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     return turned.reshape(x.shape).astype(x.dtype)
 
 
+@contextlib.contextmanager
+def plain_alone() -> Iterator[None]:
+    """Inside, `attention` is `plain_attention`, and no device is looked for."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Softmax attention. A query whose mask allows nothing returns 0, with gradient 0.
 
@@ -84,7 +98,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     -> [..., S, N, H] in the dtype of v. One kernel where this process's devices have one, else `plain_attention`.
     """
     lengths = () if mask is None else (q.shape[-3], k.shape[-3])
-    if has_kernel(jax.default_backend(), v.dtype, v.shape[-1], lengths):
+    if not _plain.get() and has_kernel(jax.default_backend(), v.dtype, v.shape[-1], lengths):
         return fused_attention(q, k, v, mask, "cudnn")
     return plain_attention(q, k, v, mask)
 

@@ -224,7 +224,7 @@ def test_a_mixture_of_robots(
         Policy.load(tmp_path / "run", "c")
     opened, _ = open_subset(load_subset(config.data.path))
     expected = compute_by_robot(opened.values(), Normalization(action="6=min-max", clip=1.0))
-    with pytest.raises(ValueError, match="'b' differ in its own vector or units .15 numbers in set1; 14 numbers in set2."):
+    with pytest.raises(ValueError, match="'b' differ in its own vector or units .15 numbers in set1; 14 .* set2"):
         Policy.load(tmp_path / "run", "b")
     for robot, dataset in (("a", None), ("b", "set1"), ("b", "set2")):
         policy = Policy.load(tmp_path / "run", robot, dataset)
