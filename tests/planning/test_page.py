@@ -63,6 +63,7 @@ def test_what_does_not_fit_is_said(one: Estimate) -> None:
     assert "DOES NOT FIT: 100% of" in page(tight)
 
 
+@pytest.mark.slow
 def test_the_ranking_is_of_what_fits(one: Estimate) -> None:
     cluster = make_cluster("h100", "1x8x1", 1)
     found = search(get_config(), cluster)

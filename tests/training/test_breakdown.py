@@ -73,6 +73,7 @@ def check(metrics: dict[str, np.ndarray]) -> None:
     assert 0 < parts["gate/min"] <= parts["gate/mean"] <= parts["gate/max"] < 0.1
 
 
+@pytest.mark.slow
 def test_what_is_seen_changes_no_bit_of_what_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = random_batch() | {"robot": np.array([0, 1], np.int32)}
     state, metrics = run(1, batch, ROBOTS)
@@ -85,5 +86,6 @@ def test_what_is_seen_changes_no_bit_of_what_is_learned(monkeypatch: pytest.Monk
     assert all(metrics[name] == numbers[name] for name in ("loss", "loss_video", "loss_action", "gradient_norm"))
 
 
+@pytest.mark.slow
 def test_over_microbatches() -> None:
     check(run(2, random_batch() | {"robot": np.array([0, 1], np.int32)}, ROBOTS)[1])

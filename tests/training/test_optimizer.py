@@ -73,6 +73,7 @@ def test_no_backward_pass_through_a_frozen_planner() -> None:
     assert frozen["planner", "backward"] == 0 and frozen["executor", "backward"] == whole["executor", "backward"]
 
 
+@pytest.mark.slow
 def test_checkpoint_of_a_run_with_frozen_parameters(tmp_path: Path) -> None:
     state, step = begin(freeze="planner", moment_dtype="bfloat16")
     state, _ = jax.jit(step)(jax.device_put(state), jax.random.key(0))
@@ -86,6 +87,7 @@ def test_checkpoint_of_a_run_with_frozen_parameters(tmp_path: Path) -> None:
     assert {x.dtype for x in jax.tree.leaves(restored.opt_state)} == {jnp.dtype("bfloat16"), jnp.dtype("int32")}
 
 
+@pytest.mark.slow
 def test_moments_in_bfloat16_learn_alike() -> None:
     """Forty steps on one batch: the loss falls to a fraction, and both curves stay close."""
 
