@@ -9,13 +9,14 @@ import numpy as np
 
 from data_pipelines.episodes import DatasetError, Episodes
 from data_pipelines.readers.robocoin import bad_rows
+from data_pipelines.readers.selected import Selected
 
 SHORTEST = 16  # rows of a chunk: what lies between two gaps and is shorter is left out, too
 # A number of a state or action that moves by no more stands still: rad, or part of a gripper's way.
 STILL = 0.005
 
 
-class Excerpt(Episodes):
+class Excerpt(Selected):
     """Another dataset without the rows that `kept` leaves out. What lies between two gaps is an episode of its own.
 
     kept: (episode of the source, first row, row behind the last), in order.  origin: int64 [E] episode of the source
@@ -28,54 +29,25 @@ class Excerpt(Episodes):
                 f"{source.root}: no row is left to learn from, all are marked as bad or left out by the subset file; "
                 "leave the dataset out."
             )
-        self.source = source
         self.origin, self._first, ends = np.array(kept, np.int64).T
-        self.lengths = ends - self._first
-        self.starts = np.cumsum(self.lengths) - self.lengths
-        self.root, self.robot, self.fps, self.cameras = source.root, source.robot, source.fps, source.cameras
-        self.instructions = source.instructions
-        self.state_dim, self.action_dim = source.state_dim, source.action_dim
-        self.state_names, self.action_names = source.state_names, source.action_names
-        self.state_present, self.action_present = source.state_present, source.action_present
+        self._take(source, ends - self._first, source.fps)
 
-    def _rows(self, episode: int) -> slice:
-        return slice(self._first[episode], self._first[episode] + self.lengths[episode])
+    def _source_episode(self, episode: int) -> int:
+        return int(self.origin[episode])
 
-    def states(self, episode: int) -> np.ndarray:
-        return self.source.states(int(self.origin[episode]))[self._rows(episode)]
+    def _rows(self, episode: int) -> np.ndarray:
+        return self._first[episode] + np.arange(self.lengths[episode])
 
-    def actions(self, episode: int) -> np.ndarray:
-        return self.source.actions(int(self.origin[episode]))[self._rows(episode)]
+    def _left(self) -> str:
+        return "what is left of it"
 
     def timestamps(self, episode: int) -> np.ndarray:
-        seconds = self.source.timestamps(int(self.origin[episode]))[self._rows(episode)]
+        seconds = self.source.timestamps(self._source_episode(episode))[self._rows(episode)]
         return seconds - seconds[0]
 
-    def instruction_index(self, episode: int) -> int:
-        return self.source.instruction_index(int(self.origin[episode]))
-
-    def instruction(self, episode: int) -> str:
-        return self.source.instruction(int(self.origin[episode]))
-
-    def subtasks(self, episode: int) -> list[str]:
-        """See `robocoin.subtasks`; the source must have them."""
-        return self.source.subtasks(int(self.origin[episode]))[self._rows(episode)]
-
-    def frames(self, episode: int, camera: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        wanted = np.asarray(indices, np.int64)
-        if wanted.size and not (0 <= wanted.min() and wanted.max() < self.lengths[episode]):
-            raise IndexError(
-                f"frames of episode {episode}: indices {wanted.min()}..{wanted.max()} asked for, what is left of it "
-                f"has rows 0..{self.lengths[episode] - 1}."
-            )
-        return self.source.frames(int(self.origin[episode]), camera, wanted + self._first[episode])
-
     def picture_file(self, episode: int, camera: str) -> tuple[Path, str]:
-        path, place = self.source.picture_file(int(self.origin[episode]), camera)
+        path, place = self.source.picture_file(self._source_episode(episode), camera)
         return path, f"{place}, from row {self._first[episode]} on"
-
-    def require_cameras(self, names: Sequence[str]) -> None:
-        self.source.require_cameras(names)
 
 
 def excerpt(source: Episodes, without: Collection[int] = (), still_tail: float | None = None) -> Episodes:
