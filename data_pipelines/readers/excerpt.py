@@ -50,10 +50,13 @@ class Excerpt(Selected):
         return path, f"{place}, from row {self._first[episode]} on"
 
 
-def excerpt(source: Episodes, without: Collection[int] = (), still_tail: float | None = None) -> Episodes:
+def excerpt(
+    source: Episodes, without: Collection[int] = (), still_tail: float | None = None, fps: float | None = None
+) -> Episodes:
     """`source` without rows that are marked as bad; itself where nothing is left out.
 
     without: episodes to leave out.  still_tail: seconds that an episode may stand still at its end, None for any.
+    fps: the source's rows per second, where its own label is wrong.
     Raises DatasetError for episodes that are not there, and where nothing is left.
     """
     total = len(source.lengths)
@@ -68,7 +71,7 @@ def excerpt(source: Episodes, without: Collection[int] = (), still_tail: float |
             return []
         good = ~bad_rows(source, episode)
         if still_tail is not None:
-            tail = max(0, still_rows(source, episode) - round(still_tail * source.fps))
+            tail = max(0, still_rows(source, episode) - round(still_tail * (fps or source.fps)))
             good[len(good) - tail :] = False
         edges = np.flatnonzero(np.diff(good, prepend=False, append=False))
         whole = good.all()

@@ -20,6 +20,7 @@ from data_pipelines.readers.naming import KINDS, Gripper, Reading, UnmappableErr
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.readers.resampled import Resampled, same_rate
 from data_pipelines.readers.robocoin import Mapped, open_robocoin
+from data_pipelines.readers.selected import Selected
 
 NAMED = 3  # datasets named for each reason that some are skipped for
 
@@ -53,7 +54,7 @@ class Entry:
     def open(self) -> Episodes:
         """The dataset in its layout, without the rows to leave out, at its rate."""
         mapped = Mapped(open_robocoin(self.path), LAYOUTS.get(self.layout), self.robot, self.said)
-        rest = excerpt(mapped, self.without, self.still_tail)
+        rest = excerpt(mapped, self.without, self.still_tail, self.fps)
         if self.fps is None and self.rate is None:
             return rest
         return Resampled(rest, self.rate or self.fps, self.fps)
@@ -135,7 +136,7 @@ def told(skipped: Mapping[str, str]) -> Iterator[str]:
 def as_recorded(dataset: Episodes) -> tuple[Episodes, list[str]]:
     """What `Entry.open` built a dataset on, and what its cameras are called there; of any other, itself."""
     cameras = list(dataset.cameras)
-    while isinstance(dataset, Mapped | Excerpt | Resampled):
+    while isinstance(dataset, Mapped | Selected):
         if isinstance(dataset, Mapped):
             cameras = [dataset.views[view] for view in cameras if view in dataset.views]
         dataset = dataset.source

@@ -108,3 +108,4 @@ def test_still_tails() -> None:
     assert still_rows(Still(), 0) == 19
     assert excerpt(Still(), still_tail=0.5).lengths.tolist() == [36]
     assert excerpt(Still(), still_tail=3).lengths.tolist() == [50]
+    assert excerpt(Still(), still_tail=0.5, fps=20).lengths.tolist() == [41]
