@@ -146,6 +146,19 @@ def misfits(rng: np.random.Generator, good: Message) -> bytes:
     return pack({**good, **[*wrong, {"episode": {}}, {"prompt": ""}][rng.integers(len(wrong) + 2)]})
 
 
+def rests(rng: np.random.Generator, good: Message) -> bytes:
+    """A rest, or a delay, that is none, beyond what can be, or without the other."""
+    rest, many = np.array(good["rest"]), 2**62
+    wrong: list[dict[str, Any]] = [
+        {"rest": rest[0]}, {"rest": rest[None]}, {"rest": rest[:, 1:]}, {"rest": np.zeros((1000, rest.shape[1]))},
+        {"rest": rest * np.nan}, {"rest": rest + np.inf}, {"rest": np.full(rest.shape, 1e300)}, {"rest": rest > 0},
+        {"rest": "x"}, {"rest": {}}, {"rest": array(b"", shape=[many, many])}, {"rest": array(shape=[-1, -1])},
+        {"rest": None}, {"delay": None}, {"delay": -1}, {"delay": len(rest) + 1}, {"delay": many}, {"delay": 0.5},
+        {"delay": True}, {"delay": "x"}, {"delay": np.nan}, {"delay": array()}, {"delay": [0]},
+    ]  # fmt: skip
+    return pack({**good, **wrong[rng.integers(len(wrong))]})
+
+
 def without_keys(rng: np.random.Generator, good: Message) -> bytes:
     gone = ["images", "state", "prompt", next(iter(good["images"]))][rng.integers(4)]
     found = {key: value for key, value in good.items() if key != gone}
@@ -171,8 +184,8 @@ def another_instruction(rng: np.random.Generator, good: Message) -> bytes:
 
 MESSAGES: dict[str, Callable[[np.random.Generator, Message], bytes]] = {
     maker.__name__.replace("_", " "): maker
-    for maker in (random_bytes, flipped, shortened, shapes, dtypes, pickled, not_finite, misfits, without_keys, bombs,
-                  another_instruction)
+    for maker in (random_bytes, flipped, shortened, shapes, dtypes, pickled, not_finite, misfits, rests, without_keys,
+                  bombs, another_instruction)
 }  # fmt: skip
 
 
@@ -283,8 +296,9 @@ def campaign(
 ) -> Report:  # fmt: skip
     """Sends so many hostile messages to a server of this machine, of every kind in turn.
 
-    observations: of an episode, as a client sends them.  process: the server's, for its memory.  honest: clients that
-    drive this episode over and over meanwhile. Raises TimeoutError for a connection that hangs.
+    observations: of an episode, as a client sends them, with a rest and a delay.  process: the server's, for its
+    memory.  honest: clients that drive this episode over and over meanwhile. Raises TimeoutError for a connection that
+    hangs.
     """
     report, rng, began = Report(), np.random.default_rng(seed), time.perf_counter()
     kinds = [*MESSAGES, *WAYS]

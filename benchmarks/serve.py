@@ -2,14 +2,17 @@
 
     python -m benchmarks.serve                          # the demo's model with random weights
     python -m benchmarks.serve --checkpoint runs/demo/run
+    python -m benchmarks.serve --watched                # with and without somebody who watches
     python -m benchmarks.serve --hostile 10000
 
 The server has a process of its own, its clients another. Numbers of clients alternate, so that a busy machine slows
-all alike; each client sends its next observation, three cameras of 240x320 pixels, as soon as it has its answer.
+all alike; each client sends its next observation, three cameras of 240x320 pixels and the rest of a chunk, as soon as
+it has its answer.
 """
 
 import argparse
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import platform
@@ -21,8 +24,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 from websockets.sync.client import connect
 
+from ahawam_jax.inference.handover import HAND_OVERS
 from ahawam_jax.inference.policy import Policy, PolicyConfig
 from ahawam_jax.models.aha_wam import AhaWam, init
 from ahawam_jax.models.config import ModelConfig
@@ -38,24 +43,24 @@ SIZE = (240, 320)
 PROMPT = "open the drawer"
 
 
-def random_policy() -> Policy:
-    """The demo's model, every parameter random, so that no part is silent."""
+def random_policy(**where: Any) -> Policy:
+    """The demo's model, every parameter random, so that no part is silent. where: to `Policy`."""
     config = demo.get_config()
     model = AhaWam(ModelConfig.create(config.model))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), init(model, jax.random.key(0))
+        lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), nn.unbox(init(model, jax.random.key(0)))
     )
     how, statistics = Normalization(), {}
     for kind, width in (("state", config.model.state_dim), ("action", config.model.action_dim)):
         statistics[kind] = {"mean": np.zeros(width), "std": np.ones(width)} | how.of(kind, (), width)
-    return Policy(model, params, config, statistics, PolicyConfig(**config.policy.to_dict()))
+    return Policy(model, params, config, statistics, PolicyConfig(**config.policy.to_dict()), **where)
 
 
-def serve(pipe: Connection, checkpoint: str | None, limits: Limits) -> None:
+def serve(pipe: Connection, checkpoint: str | None, limits: Limits, hand_over: str | None) -> None:
     """The server's process: sends its port once it accepts clients, and serves until it is ended."""
     policy = random_policy() if checkpoint is None else Policy.load(checkpoint)
-    server = PolicyServer(policy, limits, say=lambda line: None)
+    server = PolicyServer(policy, limits, hand_over=HAND_OVERS.get(hand_over), say=lambda line: None)
     server.warm_up()
     asyncio.run(server.run("127.0.0.1", 0, asyncio.Event(), pipe.send))
 
@@ -65,9 +70,11 @@ def episode(port: int, steps: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     with connect(f"ws://127.0.0.1:{port}", max_size=None, proxy=None) as connection:
         wanted = unpack(connection.recv())
+    left = max(wanted["chunk"] - wanted["execute"], 1), len(wanted["actions"])
     return [
         {"images": {camera: rng.integers(0, 256, (*SIZE, 3), np.uint8) for camera in wanted["cameras"]},
-         "state": rng.normal(size=len(wanted["state"])).astype(np.float32), "prompt": PROMPT}
+         "state": rng.normal(size=len(wanted["state"])).astype(np.float32), "prompt": PROMPT,
+         "rest": rng.normal(size=left).astype(np.float32), "delay": wanted["max_delay"]}
         for _ in range(steps)
     ]  # fmt: skip
 
@@ -83,33 +90,48 @@ def drive(port: int, message: bytes, seconds: float, answers: list[tuple[float, 
             answers.append((time.perf_counter() - began, timing))
 
 
-def measure(port: int, clients: int, seconds: float, message: bytes) -> list[tuple[float, dict[str, float]]]:
+def look(port: int, over: threading.Event) -> None:
+    """A watcher that takes all that it is shown."""
+    with connect(f"ws://127.0.0.1:{port}/watch", compression=None, max_size=None, proxy=None) as connection:
+        while not over.is_set():
+            with contextlib.suppress(TimeoutError):
+                connection.recv(0.2)
+
+
+def measure(
+    port: int, clients: int, seconds: float, message: bytes, watchers: int
+) -> list[tuple[float, dict[str, float]]]:
     """All clients at once; the answers of all."""
     found: list[list[tuple[float, dict[str, float]]]] = [[] for _ in range(clients)]
     threads = [threading.Thread(target=drive, args=(port, message, seconds, answers)) for answers in found]
-    for thread in threads:
+    over = threading.Event()
+    looking = [threading.Thread(target=look, args=(port, over)) for _ in range(watchers)]
+    for thread in looking + threads:
         thread.start()
     for thread in threads:
+        thread.join()
+    over.set()
+    for thread in looking:
         thread.join()
     return [answer for answers in found for answer in answers]
 
 
-def latencies(port: int, rounds: int, seconds: float) -> None:
-    """Prints the table."""
+def latencies(port: int, rounds: int, seconds: float, cases: dict[str, tuple[int, int]]) -> None:
+    """Prints the table. cases: numbers of clients and of watchers."""
     message = pack(episode(port, 1)[0])
-    found: dict[int, list[tuple[float, dict[str, float]]]] = {clients: [] for clients in CLIENTS}
+    found: dict[str, list[tuple[float, dict[str, float]]]] = {case: [] for case in cases}
     for _ in range(rounds):
-        for clients in CLIENTS:
-            found[clients] += measure(port, clients, seconds, message)
+        for case, (clients, watchers) in cases.items():
+            found[case] += measure(port, clients, seconds, message, watchers)
     print("| clients | p50, ms | p99, ms | max, ms | policy call, ms | beside call and wait, ms | chunks/s |")
     print("|---|---|---|---|---|---|---|")
-    for clients, answers in found.items():
+    for case, answers in found.items():
         trips = 1e3 * np.array([trip for trip, _ in answers])
         calls = np.array([timing["infer_ms"] for _, timing in answers])
         beside = trips - calls - [timing["wait_ms"] for _, timing in answers]
         columns = [*np.percentile(trips, (50, 99, 100)), np.median(calls), np.median(beside)]
         rate = len(answers) / (rounds * seconds)
-        print(f"| {clients} | {' | '.join(f'{x:.1f}' for x in columns)} | {rate:.1f} |", flush=True)
+        print(f"| {case} | {' | '.join(f'{x:.1f}' for x in columns)} | {rate:.1f} |", flush=True)
 
 
 def main() -> None:
@@ -120,11 +142,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each number of clients in each round "
                         "(default %(default)s)")  # fmt: skip
     parser.add_argument("--hostile", type=int, default=0, metavar="N", help="send so many hostile messages instead")
+    parser.add_argument("--hand-over", choices=HAND_OVERS, help="as of ahawam serve")
+    parser.add_argument("--watched", action="store_true", help="one client, with nobody and with watchers at /watch")
     options = parser.parse_args()
     limits = Limits(clients=64 if options.hostile else max(CLIENTS), rate=1e6)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, options.checkpoint, limits), daemon=True)
+    process = context.Process(target=serve, args=(theirs, options.checkpoint, limits, options.hand_over),
+                              daemon=True)  # fmt: skip
     process.start()
     theirs.close()
     port = ours.recv()
@@ -135,7 +160,10 @@ def main() -> None:
         print(f"{report.compared} chunks of honest clients meanwhile, {report.differing} not as before, bit for bit")
         print(f"memory of the server, MiB: {', '.join(f'{x:.0f}' for x in report.memory)}; {report.seconds:.0f} s")
     else:
-        latencies(port, options.rounds, options.seconds)
+        cases = {str(clients): (clients, 0) for clients in CLIENTS}
+        if options.watched:
+            cases = {"1": (1, 0), "1, one watches": (1, 1), "1, two watch": (1, 2)}
+        latencies(port, options.rounds, options.seconds, cases)
     assert process.is_alive(), "the server has died"
     process.kill()
 

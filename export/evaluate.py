@@ -13,6 +13,7 @@ from absl import logging
 
 from ahawam_jax.evaluation.rollouts import policy_actor, roll_out, table
 from data_pipelines.paths import local_path
+from data_pipelines.simulation.tasks import TASKS
 from export.runtime import DeployedPolicy
 
 
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     logging.set_verbosity(logging.ERROR)
     parser.add_argument("export", type=local_path, help="folder of ahawam to-torch")
-    parser.add_argument("--task", default="transfer_cube", choices=("transfer_cube", "insertion"))
+    parser.add_argument("--task", default="transfer_cube", choices=TASKS, help="(default %(default)s)")
     parser.add_argument("--episodes", type=int, default=50, help="unseen seeds 0, 1, ... (default %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="simulation workers (default %(default)s)")
     parser.add_argument("--steps", type=int, help="Euler steps of the executor (default: config.policy.steps)")

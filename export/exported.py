@@ -8,7 +8,7 @@ import torch
 from ml_collections import ConfigDict
 
 from ahawam_jax.models.config import PATCH, SPATIAL_STRIDE, ModelConfig
-from ahawam_jax.towers.building import TextTower, build_text_tower
+from ahawam_jax.towers.building import STAND_INS, TextTower, build_text_tower
 from ahawam_jax.towers.latents import make_canvas
 from ahawam_jax.towers.vae import VaeConfig
 from ahawam_jax.weights.files import open_weights
@@ -38,6 +38,11 @@ class Export:
     router: Router
     executor: Executor
 
+    @property
+    def max_delay(self) -> int:
+        """Most committed actions that the run's chunks were trained to go on from."""
+        return self.config.objective.get("max_delay", 0)
+
 
 def load_export(
     folder: str | Path, dtype: str | None = None, device: str | torch.device = "cpu", steps: int | None = None,
@@ -63,22 +68,22 @@ def load_export(
     weights = open_weights(folder / MODEL).tensors
     twin = from_release(
         weights, model, latent_grid(config), steps or config.policy.steps, config.objective.shift, kind, device,
-        embodiment.action.present,
+        embodiment.action.present, config.objective.get("max_delay", 0) > 0,
     )  # fmt: skip
     towers = ConfigDict(config.towers)
     towers.text_cache = str(folder / TEXT)
     return Export(
         folder, manifest, config, model, statistics, embodiment, build_text_tower(towers, model),
-        load_video(folder, manifest["vae"], kind, device), twin.planner, twin.router, twin.executor,
+        load_video(folder, towers.video, manifest["vae"], kind, device), twin.planner, twin.router, twin.executor,
     )  # fmt: skip
 
 
 def load_video(
-    folder: Path, sizes: dict[str, Any] | None, dtype: torch.dtype, device: str | torch.device = "cpu"
+    folder: Path, name: str, sizes: dict[str, Any] | None, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> VaeEncoder | BlockTransformEncoder:
-    """The video tower of an export; sizes: of its VAE, None for the tower without weights."""
+    """The video tower of an export, by its name in config.towers; sizes: of its VAE, None for one without weights."""
     if sizes is None:
-        return BlockTransformEncoder().to(device)
+        return BlockTransformEncoder(STAND_INS[name].places).to(device)
     sizes = {name: tuple(x) if isinstance(x, list) else x for name, x in sizes.items()}
     return VaeEncoder.from_wan(open_weights(folder / VAE).tensors, VaeConfig(**sizes), dtype, device)
 

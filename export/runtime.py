@@ -10,12 +10,14 @@ comes from numpy; and no JAX backend is started, so the GPU is the policy's alon
 
 Only what changes crosses the bus: a call copies canvas, state and noise to the device and the actions back; keys and
 values of the instruction are made once an episode; the plan and the memory never leave. A chunk (encode, route, all
-steps) is one CUDA graph, a refresh (encode, plan) is another on a stream of its own.
+steps) is one CUDA graph, a refresh (encode, plan) is another; each has a stream of its own, the chunk's with priority,
+so that `ahawam_jax.inference.streaming.Stream` can run both at a time.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ahawam_jax.inference.background import finish
+from ahawam_jax.inference.continuing import Continued, condition, expected_state
 from ahawam_jax.inference.policy import PolicyConfig, checked_instructions, checked_observation, chunk_start
+from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.towers.latents import make_canvas
 from data_pipelines.normalization import denormalize, normalize
 from export.engines.engine import Engine, Engines, current_gpu, open_engines
@@ -35,13 +40,22 @@ from export.twin.model import remember
 
 
 @dataclasses.dataclass(frozen=True)
+class DeployedObservation:
+    """What the policy sees of B robots at one moment; the graphs encode it themselves."""
+
+    canvas: Tensor  # uint8 [B, H, W, 3], on the host
+    robot_state: np.ndarray  # [B, n] float32, in the robot's own order and units
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class DeployedState:
-    """Where a batch of episodes is; what they have seen lies in the policy's buffers."""
+    """Where a batch of episodes is; words and memory lie in the policy's buffers."""
 
     episode: int  # number of the `start` it comes from
+    context: tuple[Tensor, Tensor] | None = None  # k, v [L, B, S, N, H] of the plan in use
     calls: int = 0
     elapsed: int = 0  # actions run since the episode began
-    refreshes: int = 0
+    refreshes: int = 0  # that are in the memory
     planned_at: int = 0  # `elapsed` at the refresh whose plan is in use
 
 
@@ -51,17 +65,20 @@ class DeployedPolicy:
     backends: by graph, "engine", "CUDA graph" or "eager".
     """
 
+    one_queue = False  # chunks and refreshes have streams of their own
+    can_guide = False  # the Euler steps are fixed in the executor's graph
+
     def __init__(
         self, export: Export, policy: PolicyConfig, device: torch.device, engines: Engines | None = None,
-        wait: bool = True, say: Callable[[str], None] = print,
+        say: Callable[[str], None] = print,
     ):  # fmt: skip
-        """engines: used in place of PyTorch where they load. wait, say: as in `load`."""
-        policy.check(export.model, late=not wait)
+        """engines: used in place of PyTorch where they load. say: as in `load`."""
+        policy.check(export.model)
         self.model, self.config, self.statistics = export.model, policy, export.statistics
-        self.embodiment = export.embodiment
+        self.embodiment, self.max_delay = export.embodiment, export.max_delay
         self.canvas, self.backends = make_canvas(export.config), dict.fromkeys(GRAPHS, "eager")
         self._text_tower, self._seed, self._device = export.text_tower, export.config.seed, device
-        self._wait, self._say = wait, say
+        self._say = say
         self._graphs = make_graphs(export)
         self._engines = self._load_engines(engines)
         self._planner, self._executor = export.planner, export.executor
@@ -71,21 +88,23 @@ class DeployedPolicy:
                 for part in [part for part, _ in module.named_children() if part != "text"]:
                     delattr(module, part)
             module.to(device)
-        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else [None, None]
+        on_gpu = device.type == "cuda"
+        self._streams = [torch.cuda.Stream(device, priority=x) if on_gpu else None for x in (-1, 0)]  # chunk, refresh
         self._buffers: dict[str, Tensor] = {}
-        self._current = DeployedState(0)
+        self._planning = threading.Lock()  # of all that a refresh reads and writes
+        self._episode = self._refreshes = 0
+        self._routed: tuple[Tensor, Tensor] | None = None  # the context that lies before the router
 
     @classmethod
     def load(
         cls, folder: str | Path, target: str | None = None, device: str | None = None, dtype: str | None = None,
-        wait: bool = True, say: Callable[[str], None] = print, **overrides: Any,
+        say: Callable[[str], None] = print, **overrides: Any,
     ) -> "DeployedPolicy":  # fmt: skip
         """From a folder of `ahawam to-torch`.
 
         target: use its engines for this GPU, as built by `ahawam to-tensorrt`; what cannot be used is said and
         replaced by PyTorch. device: "cuda" or "cpu", by default the GPU where there is one. dtype: of the products in
-        PyTorch, by default the export's. wait: a call waits for the refresh that it starts, as in JAX; False acts on
-        the newest finished plan while the planner works. overrides: fields of PolicyConfig.
+        PyTorch, by default the export's. overrides: fields of PolicyConfig.
         """
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         engines = None
@@ -100,90 +119,140 @@ class DeployedPolicy:
             engines = None
         export = load_export(folder, dtype, "cpu" if engines else where, steps)
         policy = PolicyConfig(**{**export.config.policy.to_dict(), **overrides})
-        return cls(export, policy, where, engines, wait, say)
+        return cls(export, policy, where, engines, say)
 
     # ------------------------------------------------------------------------------------------------- the interface
+    @property
+    def sizes(self) -> ModelConfig:
+        """Of the model."""
+        return self.model
+
     def start(self, instructions: Sequence[str]) -> DeployedState:
-        """State of a batch of new episodes, one instruction each: an empty memory. Ends the batch before it."""
+        """State of a batch of new episodes, one instruction each: an empty memory. Ends the batch before it.
+
+        Waits for a refresh that still runs.
+        """
         instructions = checked_instructions(instructions)
         words, mask = zip(*(self._text_tower.tokens(text) for text in instructions), strict=True)
-        if not self._buffers or len(instructions) != self._batch:
-            self._allocate(len(instructions))
-        with torch.no_grad():
+        with self._planning, torch.no_grad():
+            if not self._buffers or len(instructions) != self._batch:
+                self._allocate(len(instructions))
             text = torch.from_numpy(np.stack(words).astype(np.float32)).to(self._device)
             for name, module in (("planner", self._planner), ("executor", self._executor)):
                 k, v = module.text(text)
                 self._fill(f"{name}.text_k", k), self._fill(f"{name}.text_v", v)
                 self._fill(f"{name}.text_mask", torch.from_numpy(np.stack(mask)))
-        self._buffers["planner.valid"].zero_()
-        self._pending = None
-        self._current = DeployedState(self._current.episode + 1)
-        return self._current
+            self._buffers["planner.valid"].zero_()
+            self._episode, self._refreshes = self._episode + 1, 0
+        return DeployedState(self._episode)
 
     def __call__(
-        self, images: Mapping[str, np.ndarray], robot_state: np.ndarray, state: DeployedState
-    ) -> tuple[np.ndarray, DeployedState]:
-        """One executor call, and a planner refresh where one is due.
+        self, images: Mapping[str, np.ndarray], robot_state: np.ndarray, state: DeployedState,
+        continued: Continued | None = None,
+    ) -> tuple[np.ndarray, DeployedState]:  # fmt: skip
+        """One executor call, with a planner refresh before it when one is due: `encode`, `refresh` and `act`.
 
         images: uint8 [B, h, w, 3] per camera that the robot has, of now. robot_state: [B, n] in the order and units of
         its recordings. Returns actions float32 [B, chunk, m], in the order and units of the recorded ones, of which
         config.execute are meant to be run before the next call, and the state for that call. Numbers in
-        embodiment.held repeat robot_state, see `Embodiment.act`. Raises ValueError for a state that is not the newest.
+        embodiment.held repeat robot_state, see `Embodiment.act`. continued: as of `act`.
         """
-        if state != self._current or not self._buffers:
-            raise ValueError(
-                f"The state is of call {state.calls} of batch {state.episode}, this policy is at call "
-                f"{self._current.calls} of batch {self._current.episode}: its buffers hold one batch of episodes at a "
-                "time; pass what the last call or start returned, or load a second policy."
-            )
-        picture, robot_state = checked_observation(self.canvas, self.embodiment, images, robot_state, self._batch)
-        canvas, in_layout = torch.from_numpy(picture), self.embodiment.state.to_layout(robot_state)
-        state = self._take_plan(state)
+        self._require(state)
+        observation = self.encode(images, robot_state, self._batch)
         if state.calls % self.config.refresh_every == 0:
-            state = self._refresh(canvas, state)
-        self._fill("chunk.canvas", canvas)
-        self._fill("executor.state", torch.from_numpy(normalize(in_layout, self.statistics["state"])))
+            state = self.refresh(observation, state)
+        return self.act(observation, state, continued)
+
+    def encode(
+        self, images: Mapping[str, np.ndarray], robot_state: np.ndarray, episodes: int
+    ) -> DeployedObservation:
+        """What `refresh` and `act` take. Raises ValueError for anything else than one image and state an episode."""
+        picture, robot_state = checked_observation(self.canvas, self.embodiment, images, robot_state, episodes)
+        return DeployedObservation(torch.from_numpy(picture), robot_state)
+
+    def refresh(self, observation: DeployedObservation, state: DeployedState) -> DeployedState:
+        """The state with a plan of this observation, which joins the memory. Returns when it is there.
+
+        Raises ValueError for a state of another batch, and for one from which a refresh has begun already.
+        """
+        return finish(self.refreshing(observation, state))
+
+    def refreshing(
+        self, observation: DeployedObservation, state: DeployedState
+    ) -> Generator[None, None, DeployedState]:
+        """`refresh` as `Stream` calls it: in one slice, on any thread."""
+        yield from ()
+        with self._planning:
+            self._require(state)
+            if state.refreshes != self._refreshes:
+                raise ValueError(
+                    f"The state is of refresh {state.refreshes} of batch {state.episode}, the memory of refresh "
+                    f"{self._refreshes}; go on from the state that was returned."
+                )
+            with self._on(self._streams[1]):
+                self._fill("refresh.canvas", observation.canvas)
+                frame = np.full(self._batch, state.elapsed // self.model.video_ratio)
+                self._turn("planner", self._planner.rotary(frame))
+                if not self.config.memory:
+                    self._buffers["planner.valid"].zero_()
+                self._plan()
+                made = [self._buffers[f"planner.{name}"] for name in ("memory_k", "memory_v", "valid", "k", "v")]
+                remember(*made, state.refreshes, self.model.memory_anchor)
+                k, v = (x.clone() for x in made[3:])  # the next refresh writes over these
+            if self._streams[1] is not None:
+                self._streams[1].synchronize()
+            self._refreshes += 1
+        return dataclasses.replace(state, context=(k, v), refreshes=state.refreshes + 1, planned_at=state.elapsed)
+
+    def forget(self, state: DeployedState) -> DeployedState:
+        """The state without memory, as at the beginning of an episode."""
+        with self._planning:
+            self._require(state)
+            with self._on(self._streams[1]):
+                self._buffers["planner.valid"].zero_()
+            self._refreshes = 0
+        return dataclasses.replace(state, refreshes=0)
+
+    def act(
+        self, observation: DeployedObservation, state: DeployedState, continued: Continued | None = None
+    ) -> tuple[np.ndarray, DeployedState]:
+        """A chunk of actions by the state's plan, and the state after it; both as `__call__` returns them.
+
+        continued: as of the JAX policy, but for guidance, which is refused.
+        """
+        self._require(state)
+        if continued is not None and continued.guidance is not None:
+            raise ValueError("Guidance changes the Euler steps, which an export has fixed; run the checkpoint in JAX.")
+        robot_state, ahead = expected_state(continued, self.embodiment, observation.robot_state)
+        sizes = (self._batch, self.model.chunk, self.max_delay)
+        committed = condition(continued, self.embodiment, self.statistics["action"], *sizes)
+        in_layout = self.embodiment.state.to_layout(robot_state)
+        start = chunk_start(state.elapsed + ahead - state.planned_at, self.model.chunk)
         shape = (self._batch, self.model.chunk, self.model.action_dim)
-        self._fill("executor.noise", torch.from_numpy(draw_noise(self._seed, state.calls, shape)))
-        self._turn("executor", self._executor.rotary(chunk_start(state.elapsed - state.planned_at, self.model.chunk)))
-        self._act()
-        actions = denormalize(self._buffers["executor.actions"].cpu().numpy(), self.statistics["action"])
-        actions = self.embodiment.act(actions, robot_state)
-        elapsed = state.elapsed + self.config.execute
-        self._current = dataclasses.replace(state, calls=state.calls + 1, elapsed=elapsed)
-        return actions, self._current
+        with self._on(self._streams[0]):
+            if self._routed is not state.context:
+                self._fill("router.k", state.context[0]), self._fill("router.v", state.context[1])
+                self._routed = state.context
+            self._fill("chunk.canvas", observation.canvas)
+            self._fill("executor.state", torch.from_numpy(normalize(in_layout, self.statistics["state"])))
+            self._fill("executor.noise", torch.from_numpy(draw_noise(self._seed, state.calls, shape)))
+            self._turn("executor", self._executor.rotary(start))
+            if committed is not None:
+                self._fill("executor.committed", torch.from_numpy(committed.actions[:, 0]))
+                self._fill("executor.first", torch.from_numpy(np.arange(self.model.chunk) < committed.count))
+            self._act()
+            actions = self._buffers["executor.actions"].cpu().numpy()
+        actions = self.embodiment.act(denormalize(actions, self.statistics["action"]), observation.robot_state)
+        after = dataclasses.replace(state, calls=state.calls + 1, elapsed=state.elapsed + self.config.execute)
+        return actions, after
 
-    # ----------------------------------------------------------------------------------------------------- refreshes
-    def _refresh(self, canvas: Tensor, state: DeployedState) -> DeployedState:
-        """Starts a refresh; its plan is taken now, or by a later call where nobody waits."""
-        if self._pending is not None:  # the planner is slower than its rate: one refresh at a time
-            self._pending[1].synchronize()
-            state = self._take_plan(state)
-        self._fill("refresh.canvas", canvas)
-        frame = np.full(self._batch, state.elapsed // self.model.video_ratio)
-        self._turn("planner", self._planner.rotary(frame))
-        if not self.config.memory:
-            self._buffers["planner.valid"].zero_()
-        names = ("memory_k", "memory_v", "valid", "k", "v")
-        with self._on(self._streams[1]):
-            self._plan()
-            remember(*(self._buffers[f"planner.{name}"] for name in names), state.refreshes, self.model.memory_anchor)
-            done = torch.cuda.Event() if self._streams[1] else None
-            if done is not None:
-                done.record()
-        self._pending = (state.elapsed, done)
-        if done is not None and (self._wait or state.refreshes == 0):
-            done.synchronize()
-        return self._take_plan(dataclasses.replace(state, refreshes=state.refreshes + 1))
-
-    def _take_plan(self, state: DeployedState) -> DeployedState:
-        """Hands a finished plan over to the router."""
-        if self._pending is None or (self._pending[1] is not None and not self._pending[1].query()):
-            return state
-        for part in "kv":
-            self._buffers[f"router.{part}"].copy_(self._buffers[f"planner.{part}"])
-        planned_at, self._pending = self._pending[0], None
-        return dataclasses.replace(state, planned_at=planned_at)
+    def _require(self, state: DeployedState) -> None:
+        """Raises ValueError for a state of a batch that has ended."""
+        if state.episode != self._episode:
+            raise ValueError(
+                f"The state is of batch {state.episode}, this policy is at batch {self._episode}: its buffers hold "
+                "one batch of episodes at a time; go on from what the last start returned, or load a second policy."
+            )
 
     # ------------------------------------------------------------------------------------------------------- buffers
     def _allocate(self, batch: int) -> None:
@@ -191,7 +260,7 @@ class DeployedPolicy:
         if self._engines and batch != 1:
             raise ValueError(f"The engines are built for one episode at a time, {batch} were started; load the policy "
                              "without target to run several.")  # fmt: skip
-        self._batch, self._pending = batch, None
+        self._batch, self._routed = batch, None
         buffers: dict[str, Tensor] = {}
 
         def make(name: str, x: Tensor, batched: bool = True) -> Tensor:

@@ -16,6 +16,8 @@ from pathlib import Path
 from absl import logging
 
 from ahawam_jax.commands.flags import add_robot
+from ahawam_jax.inference.handover import HAND_OVERS
+from ahawam_jax.inference.streaming import LATE, StreamedPolicy, StreamSettings
 from ahawam_jax.serving.server import Limits, PolicyServer
 from data_pipelines.paths import local_path
 from export.loading import is_export, load_policy
@@ -38,8 +40,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--refresh-every", type=int, help="R, executor calls per planner refresh")
     p.add_argument("--steps", type=int, help="Euler steps of the executor")
     p.add_argument("--execute", type=int, help="actions of a chunk that a client runs before its next observation")
+    p.add_argument("--hand-over", choices=HAND_OVERS, help="what a chunk makes of the rest of the one before, where "
+                   "a client sends it (docs/handover.md; default: trained where the checkpoint was, else skip)")
     add_robot(p)
     p.add_argument("--target", help="of an export: use its engines for this GPU")
+    streams = p.add_argument_group("two streams (docs/streaming.md)")
+    streams.add_argument("--streaming", action="store_true", help="refresh the planner beside the chunks")
+    streams.add_argument("--max-age", type=int, help="control steps that a plan may be old (default: as trained)")
+    streams.add_argument("--late", choices=LATE, help="where every plan is older: wait (default) or hold")
+    streams.add_argument("--planner-device", type=int, help="of a run: number of the JAX device that has the planner")
+    streams.add_argument("--refresh-slices", type=int, help="of a run: parts of a refresh, between which chunks run")
     return p
 
 
@@ -55,8 +65,20 @@ def main(argv: list[str] | None = None) -> int:
         limits = Limits(clients, int(options.max_message * MIB), options.max_rate)
         names = ("refresh_every", "steps", "execute")
         overrides = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+        settings = stream_settings(options, exported)
+        places = ("planner_device", "refresh_slices")
+        overrides |= {name: getattr(options, name) for name in places if getattr(options, name) is not None}
         policy = load_policy(options.checkpoint, options.robot, options.dataset, options.target, **overrides)
-        server = PolicyServer(policy, limits, options.instruction, token)
+        hand_over = HAND_OVERS.get(options.hand_over)
+        if hand_over is not None:
+            hand_over.check(policy, 1)
+        if settings is not None:
+            most, every = settings.bound(policy.sizes), policy.config.refresh_every * policy.config.execute
+            policy = StreamedPolicy(policy, settings, several=not exported)
+            if every > most:
+                print(f"a refresh is due every {every} control steps and a plan may be {most} old, so chunks wait for "
+                      "every refresh; lower --refresh-every.", file=sys.stderr, flush=True)  # fmt: skip
+        server = PolicyServer(policy, limits, options.instruction, token, hand_over)
         print(f"{options.checkpoint}: the first calls compile ...", flush=True)
         print(f"ready after {server.warm_up():.1f} s", flush=True)
         asyncio.run(serve_until_signalled(server, options.host, options.port, token))
@@ -64,6 +86,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def stream_settings(options: argparse.Namespace, exported: bool) -> StreamSettings | None:
+    """Of --streaming; None without it. Raises ValueError for flags that then mean nothing."""
+    asked = {name: getattr(options, name) for name in ("max_age", "late", "planner_device", "refresh_slices")}
+    given = ["--" + name.replace("_", "-") for name, value in asked.items() if value is not None]
+    if given and not options.streaming:
+        raise ValueError(f"{', '.join(given)} goes with --streaming; add it, or leave {given[0]} out.")
+    if exported and (options.planner_device is not None or options.refresh_slices is not None):
+        raise ValueError("--planner-device and --refresh-slices are of a run; an export has a stream for its planner.")
+    return StreamSettings(options.max_age, late=options.late or "wait") if options.streaming else None
 
 
 def check_clients(clients: int | None, exported: bool) -> int:

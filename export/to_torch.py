@@ -27,7 +27,7 @@ from ahawam_jax.commands.export_weights import export_checkpoint
 from ahawam_jax.commands.flags import add_robot
 from ahawam_jax.models.aha_wam import abstract_params
 from ahawam_jax.models.config import ModelConfig
-from ahawam_jax.towers.building import build_text_tower, build_video_tower
+from ahawam_jax.towers.building import STAND_INS, build_text_tower, build_video_tower
 from ahawam_jax.towers.latents import make_canvas
 from ahawam_jax.towers.text_cache import CachedText, entry_path, prompt
 from ahawam_jax.towers.vae_names import vae_tensors
@@ -164,7 +164,7 @@ def write_vae(config: ConfigDict, model: ModelConfig, folder: Path) -> dict[str,
 
     Raises ValueError for an unknown tower and for weights that do not fit the model.
     """
-    if config.towers.video == "block_transform":
+    if config.towers.video in STAND_INS:
         return None
     build_video_tower(config.towers, model, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     tensors, sizes = vae_tensors(open_weights(config.towers.video_weights, "vae"), "float32")
@@ -226,7 +226,7 @@ def measure(
     figures = model_parity(tensors, model, latent_grid(config), config.policy.steps, config.objective.shift, present)
     precise = dataclasses.replace(model, dtype="float32")
     tower = build_video_tower(config.towers, precise, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    encoder = load_video(folder, vae, DTYPES["float32"])
+    encoder = load_video(folder, config.towers.video, vae, DTYPES["float32"])
     figures["vae"] = video_parity(encoder, tower, make_canvas(config).size)
     worst = max(figures, key=figures.__getitem__)
     if not figures[worst] <= LARGEST_DEVIATION:

@@ -151,7 +151,7 @@ def find_blocks(
     export = subject.export
     twin = from_release(
         to_release(reference.params), reference.config, latent_grid(export.config), len(export.executor.schedule),
-        export.config.objective.shift, present=export.embodiment.action.present,
+        export.config.objective.shift, present=export.embodiment.action.present, committed=export.max_delay > 0,
     )  # fmt: skip
     exact = dataclasses.replace(
         export, model=reference.config, planner=twin.planner, router=twin.router, executor=twin.executor,

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 from jax import export
 
 from data_pipelines.files import absent, read_json
 
 ABOUT = "about.json"
+# Of attention on GPUs. JAX does not promise that another version understands them, and so asks whether it is meant.
+ATTENTION = ("LayoutConstraint", "__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax")
 
 
 def write(
@@ -33,10 +36,11 @@ def write(
         def flat(*leaves: jax.Array, function: Callable = function, structure: Any = structure) -> list[jax.Array]:
             return jax.tree.leaves(function(*jax.tree.unflatten(structure, leaves)))
 
-        content = export.export(jax.jit(flat))(*leaves).serialize()
+        meant = [export.DisabledSafetyCheck.custom_call(name) for name in ATTENTION]
+        content = export.export(jax.jit(flat), disabled_checks=meant)(*leaves).serialize()
         (folder / f"{name}.jaxexport").write_bytes(content)
         files[name] = hashlib.sha256(content).hexdigest()
-    (folder / ABOUT).write_text(json.dumps({"about": about, "files": files}, indent=1))
+    (folder / ABOUT).write_text(json.dumps({"about": about, "traced by": _jax(), "files": files}, indent=1))
 
 
 def read(
@@ -45,8 +49,8 @@ def read(
     """The functions that `write` left in a folder.
 
     results: by name, a tree of the structure that the function returns. donated: by name, one like the last argument
-    of a function that writes in it. Raises ValueError for a folder that is not
-    whole, is damaged or belongs to something else than `about`.
+    of a function that writes in it. Raises ValueError for a folder that is not whole, is damaged, belongs to something
+    else than `about` or was written with another JAX, which may refuse it, or read it and compute something else.
     """
     path = folder / ABOUT
     again = "write it again with ahawam compile-policy."
@@ -58,6 +62,8 @@ def read(
     if differing := sorted(key for key in {*record["about"], *about} if record["about"].get(key) != about.get(key)):
         found = "; ".join(f"{key}: {record['about'].get(key)} there, {about.get(key)} here" for key in differing)
         raise ValueError(f"{folder} was compiled for another policy ({found}); {again}")
+    if (by := record.get("traced by", "a JAX that it does not name")) != _jax():
+        raise ValueError(f"{folder} was compiled with {by}, and this is {_jax()}; {again}")
     functions = {}
     for name, result in results.items():
         file = folder / f"{name}.jaxexport"
@@ -70,6 +76,10 @@ def read(
             export.deserialize(bytearray(content)), jax.tree.structure(result), len(jax.tree.leaves(donated.get(name)))
         )
     return functions
+
+
+def _jax() -> str:
+    return f"JAX {jax.__version__}, jaxlib {jaxlib.__version__}"
 
 
 def _call(exported: export.Exported, result: Any, donated: int) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from ml_collections import ConfigDict
 from ahawam_jax.checkpoints import CheckpointError, Checkpoints, find_step
 from ahawam_jax.flow_matching import euler_times, noise_levels
 from ahawam_jax.inference import compiled
-from ahawam_jax.inference.programs import Programs, abstract_arguments, make_programs, tokens_of
+from ahawam_jax.inference.background import finish
+from ahawam_jax.inference.continuing import Continued, condition, expected_state
+from ahawam_jax.inference.programs import Programs, abstract_arguments, make_programs, planner_apart, tokens_of
+from ahawam_jax.inference.slices import SlicedRefresh
 from ahawam_jax.models.aha_wam import AhaWam, empty_memory, resident_params
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.models.deployment import Words, deploy
@@ -39,14 +42,11 @@ class PolicyConfig:
     memory: bool = True  # False forgets earlier frames before every refresh (ablation)
     routing: bool = True  # False hands the planner context to the executor as it is (ablation)
 
-    def check(self, model: ModelConfig, late: bool = False) -> None:
-        """Raises ValueError if these settings ask for chunks the model was not trained on.
-
-        late: plans are taken up to one refresh after they were asked for.
-        """
+    def check(self, model: ModelConfig) -> None:
+        """Raises ValueError if these settings ask for chunks the model was not trained on."""
         if not 1 <= self.execute <= model.chunk:
             raise ValueError(f"policy.execute is {self.execute}; expected 1 to {model.chunk}, the actions of a chunk.")
-        reach = ((2 if late else 1) * self.refresh_every - 1) * self.execute
+        reach = (self.refresh_every - 1) * self.execute
         if self.refresh_every < 1 or reach >= model.horizon:
             raise ValueError(
                 f"policy.refresh_every {self.refresh_every} with {self.execute} executed actions reaches {reach} "
@@ -66,7 +66,8 @@ class PolicyState:
 
     context: PlannerContext  # of the newest planner frame, [L, B, 1, S, N, H]
     memory: PlannerMemory
-    words: Words
+    words: Words  # for the executor
+    planner_words: Words
     elapsed: int = flax.struct.field(pytree_node=False, default=0)  # actions run since the episode began
     planned_at: int = flax.struct.field(pytree_node=False, default=0)  # `elapsed` at the newest refresh
     calls: int = flax.struct.field(pytree_node=False, default=0)
@@ -87,7 +88,8 @@ def checked_observation(
 
     Raises ValueError for other shapes, other numbers of either than `episodes`, and for NaN or infinity in the state.
     """
-    robot_state, names = np.asarray(robot_state, np.float32), embodiment.state.names
+    # A copy: an observation may be used when the caller has written the next one into the same array.
+    robot_state, names = np.array(robot_state, np.float32), embodiment.state.names
     if robot_state.shape != (episodes, len(names)) or not np.isfinite(robot_state).all():
         named = f" ({', '.join(embodiment.state.labels)})" if any(names) else ""
         raise ValueError(
@@ -149,10 +151,13 @@ class Policy:
     def __init__(
         self, model: AhaWam, params: Any, config: ConfigDict, statistics: Mapping[str, Any],
         policy: PolicyConfig, embodiment: Embodiment | None = None, donate: bool = False,
+        planner_device: jax.Device | None = None, refresh_slices: int = 1,
     ):  # fmt: skip
         """params: of the training form. embodiment: None for a robot whose vectors are those of the model.
 
-        donate: the arrays of params are deleted one by one as they are laid out for inference.
+        donate: the arrays of params are deleted one by one as they are laid out for inference. planner_device: for
+        the planner, beside the first one, which has the rest. refresh_slices: of about as many layers each, between
+        which a chunk may run.
         """
         policy.check(model.config)
         self.model, self.config, self.statistics = model, policy, statistics
@@ -165,21 +170,36 @@ class Policy:
         self._key = jax.random.key(config.seed)
         self._shift = config.objective.shift
         times = euler_times(noise_levels(policy.steps, self._shift))
-        self.deployed = deploy(model.config, params, times, donate)
+        self.can_guide = True  # `Continued.guidance` can be followed
+        self.max_delay = config.objective.get("max_delay", 0)  # most committed actions of training
+        self._executor_device, self._planner_device = jax.devices()[0], planner_device or jax.devices()[0]
+        self.one_queue = self._planner_device == self._executor_device
+        self.deployed = self._deployed_planner = deploy(model.config, params, times, donate, self.max_delay > 0)
+        if not self.one_queue:
+            self._deployed_planner, self.deployed = planner_apart(self.deployed, self._planner_device)
         self._programs = make_programs(model.config, self._shift, policy.routing, self.embodiment.action.present)
+        self._sliced = None
+        if refresh_slices != 1:
+            self._sliced = SlicedRefresh(model.config, self._deployed_planner, refresh_slices)
 
     @classmethod
     def load(
         cls, path: str | Path, robot: str | None = None, dataset: str | None = None,
-        compiled_in: str | Path | None = None, **overrides: Any,
+        compiled_in: str | Path | None = None, planner_device: int | None = None, refresh_slices: int = 1,
+        **overrides: Any,
     ) -> "Policy":  # fmt: skip
         """From a workdir of ahawam train or one of its checkpoint steps.
 
         robot: whose statistics and vectors to use, where the run was trained on several.
         dataset: of that robot, where its datasets differ in the robot's own vectors: whose the robot takes.
         compiled_in: folder of `save_compiled`, whose functions are used instead of traced ones.
+        planner_device, refresh_slices: as of Policy; the device by its number in jax.devices().
         overrides: fields of PolicyConfig; the rest comes from the run's config.policy.
         """
+        if compiled_in is not None and (planner_device is not None or refresh_slices != 1):
+            raise ValueError("compiled functions are of one device and one slice; leave compiled_in out.")
+        if planner_device is not None and not 0 <= planner_device < len(jax.devices()):
+            raise ValueError(f"planner_device is {planner_device}, but JAX has {len(jax.devices())} device(s).")
         model, params, run = load_run(path)
         if "statistics" not in run:
             raise CheckpointError(
@@ -190,7 +210,8 @@ class Policy:
         statistics = pick_robot(run["statistics"], robot)
         embodiment = pick_embodiment(run.get("robots", {}), robot, dataset)
         settings = PolicyConfig(**{**config.policy.to_dict(), **overrides})
-        policy = cls(model, params, config, statistics, settings, embodiment, donate=True)
+        device = None if planner_device is None else jax.devices()[planner_device]
+        policy = cls(model, params, config, statistics, settings, embodiment, True, device, refresh_slices)
         if compiled_in is not None:
             policy._load_compiled(local_path(compiled_in))
         return policy
@@ -203,6 +224,7 @@ class Policy:
         refresh, act = self._arguments(1)[2:]
         words, memory = refresh[3:]
         results = Programs(words, 0, (act[1], memory), 0)
+        self.can_guide = False
         functions = compiled.read(folder, results._asdict(), {"refresh": memory}, self._about)
         self._programs = Programs(**functions)
 
@@ -212,6 +234,11 @@ class Policy:
         return abstract_arguments(self.model.config, self.deployed, self._video_tower, self.canvas.size, text)
 
     @property
+    def sizes(self) -> ModelConfig:
+        """Of the model."""
+        return self.model.config
+
+    @property
     def _about(self) -> dict[str, Any]:
         """What a compiled function holds besides its arguments."""
         fields = {"model": self.model.config, "policy": self.config, "canvas": self.canvas}
@@ -219,6 +246,7 @@ class Policy:
         return about | {
             "shift": self._shift, "present": self.embodiment.action.present.tolist(),
             "tower": type(self._video_tower).__name__, "platform": jax.devices()[0].platform,
+            "committed actions": self.max_delay > 0,
         }  # fmt: skip
 
     def start(self, instructions: Sequence[str]) -> PolicyState:
@@ -227,22 +255,26 @@ class Policy:
         text, mask = (np.stack(x) for x in zip(*map(self._text_tower.tokens, instructions), strict=True))
         memory = empty_memory(self.model.config, len(instructions), self._tokens)
         context = jnp.zeros((len(memory.k), len(text), 1, *memory.k[0].shape[2:]), memory.k[0].dtype)
-        return PolicyState(PlannerContext(context, context), memory, self._programs.read(self.deployed, text, mask))
+        words = planner_words = self._programs.read(self.deployed, text, mask)
+        if not self.one_queue:
+            planner_words = self._programs.read(self._deployed_planner, text, mask)
+        return PolicyState(PlannerContext(context, context), self._to_planner(memory), words, planner_words)
 
     def __call__(
-        self, images: Mapping[str, np.ndarray], robot_state: np.ndarray, state: PolicyState
-    ) -> tuple[np.ndarray, PolicyState]:
+        self, images: Mapping[str, np.ndarray], robot_state: np.ndarray, state: PolicyState,
+        continued: Continued | None = None,
+    ) -> tuple[np.ndarray, PolicyState]:  # fmt: skip
         """One executor call, with a planner refresh before it when one is due: `encode`, `refresh` and `act`.
 
         images: uint8 [B, h, w, 3] per camera that the robot has, of now. robot_state: [B, n] in the order and units
         of its recordings. Returns actions float32 [B, chunk, m], in the order and units of the recorded ones, of which
         config.execute are meant to be run before the next call, and the state for that call. Numbers in
-        embodiment.held repeat robot_state, see `Embodiment.act`.
+        embodiment.held repeat robot_state, see `Embodiment.act`. continued: as of `act`.
         """
         observation = self.encode(images, robot_state, len(state.words.mask))
         if state.calls % self.config.refresh_every == 0:
             state = self.refresh(observation, state)
-        return self.act(observation, state)
+        return self.act(observation, state, continued)
 
     def encode(self, images: Mapping[str, np.ndarray], robot_state: np.ndarray, episodes: int) -> Observation:
         """What `refresh` and `act` take. Raises ValueError for anything else than one image and state an episode."""
@@ -251,6 +283,19 @@ class Policy:
 
     def refresh(self, observation: Observation, state: PolicyState) -> PolicyState:
         """The state with a plan of this observation. Takes the memory of the state given, whose use is over then."""
+        return finish(self._slices(observation, state))
+
+    def refreshing(self, observation: Observation, state: PolicyState) -> Generator[None, None, PolicyState]:
+        """`refresh` slice by slice: goes on when a slice is done, and returns the state when the plan is there."""
+        slices = self._slices(observation, state)
+        try:
+            while True:
+                jax.block_until_ready(next(slices))
+                yield
+        except StopIteration as end:
+            return jax.block_until_ready(end.value)
+
+    def _slices(self, observation: Observation, state: PolicyState) -> Generator[Any, None, PolicyState]:
         memory = state.memory
         if memory.k[0].is_deleted():
             raise ValueError(
@@ -260,18 +305,40 @@ class Policy:
         if not self.config.memory:
             memory = memory.replace(valid=jnp.zeros_like(memory.valid))
         position = np.full(len(observation.robot_state), state.elapsed // self.model.config.video_ratio, np.int32)
-        context, memory = self._programs.refresh(
-            self.deployed, observation.latents, position, state.words, memory
-        )
+        given = self._to_planner(observation.latents), position, state.planner_words, memory
+        if self._sliced is None:
+            context, memory = self._programs.refresh(self._deployed_planner, *given)
+        else:
+            context, memory = yield from self._sliced(*given)
+        if not self.one_queue:
+            context = jax.device_put(context, self._executor_device)
         return state.replace(context=context, memory=memory, planned_at=state.elapsed)
 
-    def act(self, observation: Observation, state: PolicyState) -> tuple[np.ndarray, PolicyState]:
-        """A chunk of actions by the state's plan, and the state after it; both as `__call__` returns them."""
-        in_layout = self.embodiment.state.to_layout(observation.robot_state)
+    def forget(self, state: PolicyState) -> PolicyState:
+        """The state without memory, as at the beginning of an episode."""
+        memory = empty_memory(self.model.config, len(state.words.mask), self._tokens)
+        return state.replace(memory=self._to_planner(memory))
+
+    def _to_planner(self, x: Any) -> Any:
+        return x if self.one_queue else jax.device_put(x, self._planner_device)
+
+    def act(
+        self, observation: Observation, state: PolicyState, continued: Continued | None = None
+    ) -> tuple[np.ndarray, PolicyState]:
+        """A chunk of actions by the state's plan, and the state after it; both as `__call__` returns them.
+
+        continued: the chunk before, of which rows are run while this one is computed; row 0 of both is that of the
+        observation. Raises ValueError for what this checkpoint cannot go on from.
+        """
+        robot_state, ahead = expected_state(continued, self.embodiment, observation.robot_state)
+        given = condition(
+            continued, self.embodiment, self.statistics["action"], len(robot_state), self.sizes.chunk, self.max_delay
+        )
+        in_layout = self.embodiment.state.to_layout(robot_state)
+        start = chunk_start(state.elapsed + ahead - state.planned_at, self.sizes.chunk)
         actions = self._programs.act(
             self.deployed, state.context, observation.latents, normalize(in_layout, self.statistics["state"]),
-            state.words, np.int32(chunk_start(state.elapsed - state.planned_at, self.model.config.chunk)),
-            jax.random.fold_in(self._key, state.calls),
+            state.words, np.int32(start), jax.random.fold_in(self._key, state.calls), given,
         )  # fmt: skip
         actions = denormalize(np.asarray(actions), self.statistics["action"])
         after = state.replace(calls=state.calls + 1, elapsed=state.elapsed + self.config.execute)

@@ -1,16 +1,19 @@
 """The functions that a policy runs on its device, in the deployment form, and the shapes that they are called with."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from ahawam_jax.flow_matching import Guide
 from ahawam_jax.models.aha_wam import AhaWam, empty_memory
 from ahawam_jax.models.config import PATCH, SPATIAL_STRIDE, ModelConfig
 from ahawam_jax.models.deployment import Deployed, Words, by_layer, give
+from ahawam_jax.models.dit import KV
 from ahawam_jax.models.memory import PlannerContext, PlannerMemory
-from ahawam_jax.sampling import denoise_deployed
+from ahawam_jax.sampling import Committed, denoise_deployed
 from ahawam_jax.towers.building import VideoTower
 from ahawam_jax.towers.encoding import pixels
 
@@ -18,12 +21,14 @@ from ahawam_jax.towers.encoding import pixels
 class Programs(NamedTuple):
     """The four functions, or something about each.
 
-    read(deployed, text, mask) -> words. Text [B, K, X], mask [B, K] bool; once an episode.
+    read(deployed, text, mask) -> words. Text [B, K, X], mask [B, K] bool; once an episode. Of the planner and of the
+        executor where deployed has them.
     encode(tower, canvas) -> latents [B, c, 1, h, w] of a canvas uint8 [B, H, W, 3].
     refresh(deployed, latents, position, words, memory) -> planner context of the frame, memory after it. Position
         int32 [B]. The memory's arrays are written in place: they are gone afterwards.
-    act(deployed, context, latents, states, words, start, key) -> normalised actions [B, T, d]. States [B, p]
-        normalised, start the position of the chunk's first action.
+    act(deployed, context, latents, states, words, start, key, continued) -> normalised actions [B, T, d]. States
+        [B, p] normalised, start the position of the chunk's first action, continued what it goes on from: None,
+        Committed or Guide.
     """
 
     read: Any
@@ -43,12 +48,16 @@ def make_programs(config: ModelConfig, shift: float, routing: bool = True, prese
     """
     model = AhaWam(config, deployed=True)
 
-    def apply(deployed: Deployed, method: str, *inputs: Any) -> Any:
+    def apply(deployed: Deployed, method: str | Callable[..., Any], *inputs: Any) -> Any:
         return model.apply({"params": deployed.params}, *inputs, method=method)
 
     def read(deployed: Deployed, text: jax.Array, mask: jax.Array) -> Words:
-        planner, executor = apply(deployed, "read", text)
-        return Words(by_layer(*planner), by_layer(*executor), mask)
+        def of(part: str) -> list[KV]:
+            if part not in deployed.params:
+                return []
+            return by_layer(*apply(deployed, lambda model, text: getattr(model, part).read(text), text))
+
+        return Words(of("planner"), of("executor"), mask)
 
     def encode(tower: VideoTower, canvas: jax.Array) -> jax.Array:
         return tower.encode(pixels(canvas[:, None]))
@@ -61,13 +70,13 @@ def make_programs(config: ModelConfig, shift: float, routing: bool = True, prese
 
     def act(
         deployed: Deployed, context: PlannerContext, latents: jax.Array, states: jax.Array, words: Words,
-        start: jax.Array, key: jax.Array,
+        start: jax.Array, key: jax.Array, continued: Committed | Guide | None = None,
     ) -> jax.Array:  # fmt: skip
         routed = apply(deployed, "route", context, latents[:, None]) if routing else context
         noise = jax.random.normal(key, (len(latents), 1, config.chunk, config.action_dim))
         positions = start + jnp.arange(config.chunk)[None]
         return denoise_deployed(
-            model, deployed, noise, positions, words, states[:, None], routed, shift, present
+            model, deployed, noise, positions, words, states[:, None], routed, shift, present, continued
         )[:, 0]
 
     functions = Programs(read, encode, refresh, act)
@@ -94,13 +103,16 @@ def abstract_arguments(
     latents = array(jnp.float32, episodes, config.latent_channels, 1, *grid)
     memory = jax.eval_shape(lambda: empty_memory(config, episodes, tokens_of(size)))
     frame = array(config.dtype, config.num_layers, episodes, 1, tokens_of(size), *heads)
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key, continued = jax.eval_shape(lambda: jax.random.key(0)), None
+    if deployed.clean_rows is not None:
+        chunk = (episodes, 1, config.chunk, config.action_dim)
+        continued = Committed(array(jnp.float32, *chunk), array(jnp.int32, episodes, 1))
     return Programs(
         (deployed, text, words.mask),
         (tower, array(jnp.uint8, episodes, *size, 3)),
         (deployed, latents, array(jnp.int32, episodes), words, memory),
         (deployed, PlannerContext(frame, frame), latents, array(jnp.float32, episodes, config.state_dim), words,
-         array(jnp.int32), key),
+         array(jnp.int32), key, continued),
     )  # fmt: skip
 
 
@@ -108,3 +120,13 @@ def tokens_of(size: tuple[int, int]) -> int:
     """Planner tokens of a canvas of such height and width."""
     height, width = size
     return height * width // (SPATIAL_STRIDE * PATCH) ** 2
+
+
+def planner_apart(deployed: Deployed, device: jax.Device) -> tuple[Deployed, Deployed]:
+    """The planner's part, moved to a device, and the executor's, which stays where it is."""
+    params = dict(deployed.params)
+    moved = jax.device_put({"planner": params.pop("planner")}, device, donate=True)
+    branch, rows, others = jax.device_put(
+        (params["branch_embedding"], deployed.planner_rows, deployed.executor_rows), device
+    )
+    return Deployed({**moved, "branch_embedding": branch}, rows, others), deployed.replace(params=params)

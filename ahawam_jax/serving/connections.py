@@ -12,11 +12,12 @@ MAX_UNREAD = 2**20  # bytes of answers and pongs that a client has not taken
 class BoundedConnection(ServerConnection):
     """Cuts a connection whose message never ends, and one that asks and does not read."""
 
+    room = 0  # bytes that may be unread, in place of MAX_UNREAD
     _fragments = 0
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)  # answers every ping, whether anybody reads the answers or not
-        if self.transport.get_write_buffer_size() > MAX_UNREAD:
+        if self.transport.get_write_buffer_size() > (self.room or MAX_UNREAD):
             self.transport.abort()
 
     def process_event(self, event: Any) -> None:

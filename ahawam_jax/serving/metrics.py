@@ -29,8 +29,15 @@ class Metrics:
             "ahawam_plan_age_steps", "Control steps between a plan's observation and the chunk's", buckets=STEPS,
             **metric,
         )  # fmt: skip
+        self.plan_age_seconds = Histogram(
+            "ahawam_plan_age_seconds", "The same on the clock, of a policy of two streams", buckets=SECONDS, **metric
+        )
+        self.failures = Counter("ahawam_planner_failures", "Refreshes beside chunks that failed", **metric)
+        self.held = Counter("ahawam_held_chunks", "Chunks that repeat a command, for want of a young plan", **metric)
         self.refreshes = Counter("ahawam_refreshes", "Planner refreshes; rate() of it is the refresh rate", **metric)
         self.episodes = Counter("ahawam_episodes", "Episodes begun", **metric)
+        self.watchers = Gauge("ahawam_watchers", "Connected watchers", **metric)
+        self.frames = Counter("ahawam_frames", "Observations with their answers that watchers were shown", **metric)
         for outcome in ("answered", "dropped", "refused", "failed"):
             self.observations.labels(outcome)  # from zero on
         for outcome in ("accepted", "full", "unauthorised"):

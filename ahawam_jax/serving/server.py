@@ -22,11 +22,13 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 
+from ahawam_jax.inference.handover import HandOver, default_hand_over
 from ahawam_jax.serving.connections import BoundedConnection
 from ahawam_jax.serving.episodes import ClientEpisode
 from ahawam_jax.serving.metrics import TYPE, Metrics
 from ahawam_jax.serving.observations import Refusal, ServedPolicy, metadata_of
 from ahawam_jax.serving.warm_up import warm_up
+from ahawam_jax.serving.watching import PATH, Watchers
 from ahawam_jax.serving.wire import pack
 
 PATIENCE = 5.0  # seconds that a client may take to read an answer, or to say goodbye
@@ -111,17 +113,21 @@ class PolicyServer:
     """
 
     def __init__(
-        self, policy: ServedPolicy, limits: Limits, instruction: str | None = None,
-        token: str | None = None, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+        self, policy: ServedPolicy, limits: Limits, instruction: str | None = None, token: str | None = None,
+        hand_over: HandOver | None = None,
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
     ) -> None:  # fmt: skip
-        """instruction: of observations that bring none.  token: that every client must have, None for none."""
+        """instruction: of observations that bring none.  token: that every client must have, None for none.
+        hand_over: of observations that bring the rest of a chunk, None for what suits the checkpoint."""
         self.metrics = Metrics()
         self._policy, self._limits, self._instruction, self._say = policy, limits, instruction, say
+        self._hand_over = hand_over or default_hand_over(policy)
         self._authorization = None if token is None else f"Api-Key {token}".encode()
-        self._metadata = pack(metadata_of(policy))
+        self._metadata = pack(metadata_of(policy, self._hand_over))
         self._worker = ThreadPoolExecutor(1, "policy")
         self._connections: set[ServerConnection] = set()  # admitted and not yet closed
         self._clients: set[_Client] = set()
+        self._watchers = Watchers(self._metadata, limits.message, self._send, self.metrics)
         self._draining = False
 
     def warm_up(self) -> float:
@@ -135,7 +141,7 @@ class PolicyServer:
 
     def _first_calls(self) -> None:
         try:
-            warm_up(self._policy, self._instruction or "warm up")
+            warm_up(self._policy, self._instruction or "warm up", self._hand_over)
         except FileNotFoundError as error:
             raise ValueError(
                 "the server begins with a call of its own, for which it needs an instruction whose tokens exist: give "
@@ -167,6 +173,7 @@ class PolicyServer:
         server.close(close_connections=False)
         for client in self._clients:
             client.changed.set()
+        self._watchers.end()
         await server.wait_closed()
         self._worker.shutdown()
 
@@ -188,6 +195,8 @@ class PolicyServer:
             response.headers["Content-Type"] = TYPE
             response.headers["Content-Length"] = str(len(response.body))
             return response
+        if path == PATH:
+            return self._watchers.admit(connection)
         self._connections = {other for other in self._connections if other.state is not State.CLOSED}
         if len(self._connections) >= self._limits.clients:
             self.metrics.connections.labels("full").inc()
@@ -198,7 +207,12 @@ class PolicyServer:
 
     # ------------------------------------------------------------------------------------------------- one client
     async def _handle(self, connection: ServerConnection) -> None:
-        client = _Client(connection, ClientEpisode(self._policy, self._instruction, self.metrics))
+        if connection.request.path.partition("?")[0] == PATH:
+            with suppress(ConnectionClosed, _Unread):
+                await self._watchers.handle(connection)
+            return connection.transport.abort()
+        episode = ClientEpisode(self._policy, self._hand_over, self._instruction, self.metrics)
+        client = _Client(connection, episode)
         self._clients.add(client)
         self.metrics.connections.labels("accepted").inc()
         self.metrics.clients.inc()
@@ -237,14 +251,14 @@ class PolicyServer:
 
     async def _converse(self, client: _Client) -> None:
         """Metadata, then answers; where it ends with a sentence, that as a text before the goodbye."""
-        await self._send(client, self._metadata)
+        await self._send(client.connection, self._metadata)
         try:
             while not client.gone:
                 await self._answer_next(client)
         except _Goodbye as goodbye:
             self._say(f"{client.name}: {goodbye.sentence}")
             if goodbye.code != CloseCode.GOING_AWAY:
-                await self._send(client, goodbye.sentence)
+                await self._send(client.connection, goodbye.sentence)
             await client.connection.close(goodbye.code, goodbye.sentence[:100].encode("ascii", "replace").decode())
 
     async def _answer_next(self, client: _Client) -> None:
@@ -255,7 +269,8 @@ class PolicyServer:
             async with self._turn:
                 message, arrived = client.take()
                 answer = await self._call(client, message, arrived)
-            await self._send(client, answer)
+            await self._send(client.connection, answer)
+            self._watchers.show(client.name, message, answer)
             total = time.perf_counter() - arrived
             client.previous_ms = 1e3 * total
             self.metrics.stages.labels("total").observe(total)
@@ -287,10 +302,10 @@ class PolicyServer:
         self.metrics.observations.labels("answered").inc()
         return answer
 
-    async def _send(self, client: _Client, message: bytes | str) -> None:
+    async def _send(self, connection: ServerConnection, message: bytes | str) -> None:
         """Raises _Unread where the client does not read."""
         try:
             async with asyncio.timeout(PATIENCE):
-                await client.connection.send(message)
+                await connection.send(message)
         except TimeoutError:
             raise _Unread from None

@@ -13,10 +13,9 @@ from ahawam_jax.inference.policy import load_run
 from ahawam_jax.models.aha_wam import AhaWam, empty_memory
 from ahawam_jax.models.config import PATCH
 from ahawam_jax.models.memory import PlannerContext
-from ahawam_jax.sampling import denoise
-from ahawam_jax.towers.building import VideoTower
+from ahawam_jax.sampling import Committed, denoise
+from ahawam_jax.towers.building import STAND_INS, VideoTower
 from ahawam_jax.towers.encoding import pixels
-from ahawam_jax.towers.stand_ins import BlockTransform
 from ahawam_jax.towers.vae import VaeConfig, WanVae, abstract_vae_params
 from ahawam_jax.weights.convert import flatten, load
 from ahawam_jax.weights.files import open_weights
@@ -64,8 +63,10 @@ class Reference:
             return jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs, method=method))
 
         self._refresh, self._route = apply("refresh"), apply("route")
-        present = export.embodiment.action.present
-        self._act = jax.jit(lambda params, *inputs: denoise(model, params, *inputs, steps, shift, present))
+        present, self._delays = export.embodiment.action.present, export.max_delay > 0
+        self._act = jax.jit(
+            lambda params, committed, *inputs: denoise(model, params, *inputs, steps, shift, present, committed)
+        )
 
     def __call__(self, sample: Sample) -> list[Call]:
         """vae and planner for every frame, then vae, router and executor for the chunk."""
@@ -99,9 +100,13 @@ class Reference:
         calls.append(_call("router", {"latents": latents} | _frame(context, ""), _frame(routed, "routed_")))
         positions = sample.start + np.arange(self.config.chunk)[None]
         noise, state = sample.noise[None], sample.state[None]
-        actions = self._act(self.params, noise[:, None], positions, text, mask, state[:, None], routed)
+        committed = Committed(sample.committed[None, None], np.int32([[sample.count]])) if self._delays else None
+        actions = self._act(self.params, committed, noise[:, None], positions, text, mask, state[:, None], routed)
         cos, sin = (x.numpy() for x in turn_executor(sample.start))
         inputs = {"noise": noise, "cos": cos, "sin": sin, "text_mask": mask, "state": state}
+        if self._delays:
+            first = np.arange(self.config.chunk) < sample.count
+            inputs |= {"committed": sample.committed[None], "first": first[None]}
         calls.append(_call("executor", inputs | _frame(routed, "routed_"), {"actions": actions[:, 0]}))
         return calls
 
@@ -118,7 +123,7 @@ def _call(graph: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> Call:
 def video_tower(export: Export) -> VideoTower:
     """The export's video tower in JAX, in float32; of a VAE, the encoder."""
     if export.manifest["vae"] is None:
-        return BlockTransform()
+        return STAND_INS[export.config.towers.video]
     sizes = {name: tuple(x) if isinstance(x, list) else x for name, x in export.manifest["vae"].items()}
     config = VaeConfig(**sizes | {"dtype": "float32"})
     leaves, rows = flatten(abstract_vae_params(config)), encoder_table(config)

@@ -26,6 +26,8 @@ class Sample:
     noise: np.ndarray  # float32 [T, d]
     text: np.ndarray  # float32 [K, X]
     mask: np.ndarray  # bool [K]
+    committed: np.ndarray  # float32 [T, d], of which the first `count` begin the chunk
+    count: int  # 0 where the run has no committed actions
 
 
 def random_samples(export: Export, count: int) -> list[Sample]:
@@ -43,6 +45,7 @@ def random_samples(export: Export, count: int) -> list[Sample]:
             *(np.float32(rng.standard_normal(shape)) for shape in (
                 model.state_dim, (model.chunk, model.action_dim), (words, model.text_dim))),
             np.arange(words) < rng.integers(1, words + 1),
+            np.float32(rng.standard_normal((model.chunk, model.action_dim))), (seed + 1) % (export.max_delay + 1),
         ))  # fmt: skip
     return samples
 
@@ -69,6 +72,7 @@ def recorded_samples(export: Export, path: str | Path, count: int) -> list[Sampl
             np.append(batch["video_history_frame_indices"][past:], batch["video_temporal_position_ids"][0]),
             batch["observations"][chunk], chunk * model.chunk, batch["proprio"][chunk * model.chunk], noise,
             np.asarray(text, np.float32), np.asarray(mask, bool),
+            batch["action"][chunk * model.chunk :][: model.chunk], i % (export.max_delay + 1),
         ))  # fmt: skip
     return samples
 

@@ -6,7 +6,8 @@
     executor  noise, cos, sin, text_k, text_v, text_mask, state, routed_k, routed_v -> actions      at every chunk
 
 The executor's graph is the whole loop, all steps unrolled, with the projection of the robot's state in front: one
-launch a chunk. Keys and values of the instruction are inputs, and so is the memory, which no graph writes:
+launch a chunk; of a checkpoint with config.objective.max_delay it also reads committed actions and which of the chunk
+they are, first. Keys and values of the instruction are inputs, and so is the memory, which no graph writes:
 `planner.text` and `executor.text` run once an episode, and the ring once a refresh (`torch_model.remember`), both in
 PyTorch.
 """
@@ -60,11 +61,11 @@ class ExecutorChunk(nn.Module):
 
     def forward(
         self, noise: Tensor, cos: Tensor, sin: Tensor, text_k: Tensor, text_v: Tensor, text_mask: Tensor,
-        state: Tensor, routed_k: Tensor, routed_v: Tensor,
+        state: Tensor, routed_k: Tensor, routed_v: Tensor, *committed: Tensor,
     ) -> Tensor:  # fmt: skip
         """noise [B, T, d] and normalised state [B, p] float32, the rest as `Executor.forward` -> actions [B, T, d]."""
         cross = self.executor.state(state)
-        return self.executor(noise, cos, sin, text_k, text_v, text_mask, *cross, routed_k, routed_v)
+        return self.executor(noise, cos, sin, text_k, text_v, text_mask, *cross, routed_k, routed_v, *committed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,9 @@ def make_graph(name: str, module: nn.Module, sizes: Sizes) -> Graph:
         "noise": torch.zeros(1, model.chunk, model.action_dim), **shared(module.rotary(0), layers),
         "state": torch.zeros(1, model.state_dim), **pair("routed_", layers, 1, tokens),
     }  # fmt: skip
+    if module.clean_rows is not None:
+        inputs["committed"] = torch.zeros_like(inputs["noise"])
+        inputs["first"] = torch.zeros(1, model.chunk, dtype=torch.bool)
     return Graph(name, ExecutorChunk(module), inputs, ("actions",))
 
 

@@ -17,7 +17,7 @@ from ahawam_jax.inference.programs import abstract_arguments, make_programs, tok
 from ahawam_jax.models.aha_wam import empty_memory
 from ahawam_jax.models.config import SPATIAL_STRIDE
 from ahawam_jax.models.deployment import abstract_deployed
-from ahawam_jax.towers.stand_ins import BlockTransform
+from ahawam_jax.towers.building import STAND_INS
 from ahawam_jax.towers.vae import WanVae, abstract_vae_params
 from export.measure.ladder import Call, Chunk, Refresh
 from export.measure.models import BATCH, Models
@@ -34,8 +34,9 @@ def jax_ways(models: Models, steps: Sequence[int]) -> tuple[dict[int, Chunk], Re
             "(jax[cuda12] or jax[cuda13]), or leave it out with --jax=without."
         )
     config, shift = models.config, models.run.objective.shift
-    tower = BlockTransform()
-    if models.vae_config is not None:
+    if models.vae_config is None:
+        tower = STAND_INS[models.run.towers.video]
+    else:
         weights = nn.unbox(abstract_vae_params(models.vae_config))
         weights = {name: weights[name] for name in ("encoder", "to_latent")}
         weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), weights)

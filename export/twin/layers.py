@@ -107,7 +107,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """Adaptive layer norm with one time for all tokens: x [B, S, D], scale (1 already added) and shift [D]."""
+    """Adaptive layer norm: x [B, S, D], scale (1 already added) and shift [D], or [B, S, D] for a time per token."""
+    if scale.ndim > 1:
+        return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * scale + shift).to(x.dtype)
     return F.layer_norm(x.float(), x.shape[-1:], scale, shift, eps).to(x.dtype)
 
 
@@ -257,7 +259,7 @@ class KeyValue(nn.Module):
 
 
 class Block(KeyValue):
-    """One transformer block; `ahawam_jax.models.dit.Block` with one diffusion time for all tokens."""
+    """One transformer block; `ahawam_jax.models.dit.Block`."""
 
     parts = "qkv"
 
@@ -275,8 +277,9 @@ class Block(KeyValue):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Tokens attend to a prefix and each other, then to the text.
 
-        x [B, S, D]; rows [6, D] of `modulation`; cos, sin [1 or B, S, H/2]; prefix [B, M, N, H]; mask [B, 1, 1, M + S]
-        bool or None for all; cross k, v [B, K, N, H] with mask [B, 1, 1, K]. Returns x and its own k, v [B, S, N, H].
+        x [B, S, D]; rows [6, D] of `modulation`, or [6, B, S, D] where tokens are at two times; cos, sin
+        [1 or B, S, H/2]; prefix [B, M, N, H]; mask [B, 1, 1, M + S] bool or None for all; cross k, v [B, K, N, H] with
+        mask [B, 1, 1, K]. Returns x and its own k, v [B, S, N, H].
         """
         q, k, v = self.project(x, rows, cos, sin)
         keys, values = (torch.cat([old.to(new.dtype), new], 1) for old, new in ((prefix_k, k), (prefix_v, v)))

@@ -264,10 +264,11 @@ class Executor(nn.Module):
 
     def __init__(
         self, config: ModelConfig, steps: int, shift: float, dtype: torch.dtype = torch.float32,
-        present: np.ndarray | None = None,
+        present: np.ndarray | None = None, committed: bool = False,
     ):  # fmt: skip
         """steps: Euler steps of the loop; shift: of the noise levels, config.objective.shift. present: bool [d], which
-        numbers of an action the robot has; the others are 0 at every step. None for all, which costs nothing."""
+        numbers of an action the robot has; the others are 0 at every step. None for all, which costs nothing.
+        committed: chunks may begin with committed actions, for a checkpoint with config.objective.max_delay."""
         super().__init__()
         dim = config.executor_dim
         levels = flow_matching.noise_levels(steps, shift)
@@ -283,6 +284,7 @@ class Executor(nn.Module):
         )
         self.head = Linear(dim, config.action_dim, torch.float32)
         self.register_buffer("rows", torch.empty(steps, config.num_layers, 6, dim))
+        self.register_buffer("clean_rows", torch.empty(config.num_layers, 6, dim) if committed else None)
         factor = None if present is None or present.all() else torch.tensor(present.tolist(), dtype=torch.float32)
         self.register_buffer("present", factor, persistent=False)
 
@@ -290,13 +292,16 @@ class Executor(nn.Module):
     def from_release(
         cls, state: Mapping[str, Any], config: ModelConfig, steps: int, shift: float,
         dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", present: np.ndarray | None = None,
+        committed: bool = False,
     ) -> "Executor":  # fmt: skip
         """With the weights of `state`, tensors by name of the release's layout. Raises WeightsError."""
         with torch.device(device):
-            executor = cls(config, steps, shift, dtype, present)
+            executor = cls(config, steps, shift, dtype, present, committed)
         fill(executor.views(), state)
         times = np.float32(flow_matching.NUM_TRAIN_TIMES) * np.float32([level for level, _ in executor.schedule])
         executor.rows.copy_(modulation(state, ACTION, times, config))
+        if committed:
+            executor.clean_rows.copy_(modulation(state, ACTION, np.zeros(1, np.float32), config)[0])
         return executor
 
     def rotary(self, start: int) -> tuple[Tensor, Tensor]:
@@ -309,22 +314,31 @@ class Executor(nn.Module):
 
     def forward(
         self, noise: Tensor, cos: Tensor, sin: Tensor, text_k: Tensor, text_v: Tensor, text_mask: Tensor,
-        state_k: Tensor, state_v: Tensor, routed_k: Tensor, routed_v: Tensor,
+        state_k: Tensor, state_v: Tensor, routed_k: Tensor, routed_v: Tensor, committed: Tensor | None = None,
+        first: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """From noise to actions in all steps.
 
         noise [B, T, d] float32; cos, sin [T, H/2] of `rotary`; text k, v [L, B, K, N, H] of `text`, mask [B, K] bool;
         state k, v [L, B, 1, N, H] of `state`; routed k, v [L, B, S, N, H] -> normalised actions [B, T, d] float32.
+        With clean_rows: committed [B, T, d] float32, which stand, clean, where first, bool [B, T], is true.
         """
         cross_k, cross_v = torch.cat([text_k, state_k], 2), torch.cat([text_v, state_v], 2)
         cross_mask = torch.cat([text_mask, text_mask.new_ones(len(text_mask), 1)], 1)[:, None, None]
-        x = self.only_present(noise)
+        x, known = self.only_present(noise), None
+        if self.clean_rows is not None:
+            known, first = self.only_present(committed), first.unsqueeze(-1)
+            x = torch.where(first, known, x)
         for step, (level, change) in enumerate(self.schedule):
             rows = self.rows[step]
+            if known is not None:  # [L, 6, B, T, D]
+                rows = torch.where(first, self.clean_rows[:, :, None, None], rows[:, :, None, None])
             prediction = self.predict(x, rows, cos, sin, cross_k, cross_v, cross_mask, routed_k, routed_v)
             prediction = self.only_present(prediction)
             velocity = flow_matching.to_velocity(prediction, x, level, self.config.prediction)
             x = x + velocity * change
+            if known is not None:
+                x = torch.where(first, known, x)
         return x
 
     def only_present(self, x: Tensor) -> Tensor:
@@ -337,7 +351,8 @@ class Executor(nn.Module):
     ) -> Tensor:  # fmt: skip
         """What the head says of noisy actions x [B, T, d] at one time, [B, T, d] float32: config.prediction.
 
-        rows [L, 6, D] of that time; cross k, v [L, B, K + 1, N, H], text and state, with mask [B, 1, 1, K + 1] bool.
+        rows [L, 6, (B, T,) D] of that time; cross k, v [L, B, K + 1, N, H], text and state, with mask
+        [B, 1, 1, K + 1] bool.
         """
         y = self.action_encoder(x) + self.branch[ACTION_BRANCH]
         cos, sin = cos[None], sin[None]
@@ -376,20 +391,21 @@ class Twin:
 def from_release(
     state: Mapping[str, Any], config: ModelConfig, grid: tuple[int, int], steps: int, shift: float,
     dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", present: np.ndarray | None = None,
+    committed: bool = False,
 ) -> Twin:  # fmt: skip
     """The twin of a checkpoint in the release's layout.
 
     state: torch tensors, arrays, or tensors that still lie in a file (`weights.files.open_weights`), by name
     '<payload section>/<name>'; they are copied one at a time. grid: height and width of the latents. steps, shift,
-    present: of the executor's loop. dtype: float32 or bfloat16. Raises one WeightsError that lists every missing,
-    surplus and misshapen tensor, and one for the first tensor of another dtype or with NaN or infinity.
+    present, committed: of the executor's loop. dtype: float32 or bfloat16. Raises one WeightsError that lists every
+    missing, surplus and misshapen tensor, and one for the first tensor of another dtype or with NaN or infinity.
     """
     check_dtype(dtype)
     check_names(state, TABLE, abstract_params(config))
     return Twin(
         PlannerRefresh.from_release(state, config, grid, dtype, device),
         Router.from_release(state, config, dtype, device),
-        Executor.from_release(state, config, steps, shift, dtype, device, present),
+        Executor.from_release(state, config, steps, shift, dtype, device, present, committed),
         state,
     )
 

@@ -221,15 +221,24 @@ def encoder_table(config: VaeConfig) -> list[tuple[str, str, str]]:
 
 
 class BlockTransformEncoder(nn.Module):
-    """The demo's video tower, `ahawam_jax.towers.stand_ins.BlockTransform`: a fixed linear map of 16x16 blocks."""
+    """The demo's video tower, `ahawam_jax.towers.stand_ins.BlockTransform`: a fixed linear map of 16x16 blocks.
 
-    def __init__(self) -> None:
+    places: the last two channels say where a block is.
+    """
+
+    def __init__(self, places: bool = False) -> None:
         super().__init__()
         matrix = np.float32(block_transform() / spread())
+        self.places = places
         self.register_buffer("matrix", torch.from_numpy(matrix))  # [16 * 16 * 3, 48]
 
     def forward(self, canvas: Tensor) -> Tensor:
         """uint8 [B, H, W, 3], H and W multiples of 16 -> latents [B, 48, h, w] float32."""
         x = pixels(canvas).unflatten(2, (-1, SPATIAL_STRIDE)).unflatten(1, (-1, SPATIAL_STRIDE))
         x = x.permute(0, 1, 3, 2, 4, 5).flatten(3)  # [B, h, w, (y, x, colour)]
-        return (x @ self.matrix).permute(0, 3, 1, 2)
+        latents = x @ self.matrix
+        if self.places:
+            axes = ((2 * torch.arange(n, device=x.device, dtype=x.dtype) + 1) / n - 1 for n in latents.shape[1:3])
+            where = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+            latents = torch.cat((latents[..., :-2], where.expand(len(latents), -1, -1, -1)), -1)
+        return latents.permute(0, 3, 1, 2)

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from ml_collections import ConfigDict
 
 from ahawam_jax.inference.policy import Policy, PolicyConfig, load_run
+from ahawam_jax.inference.streaming import Chunk, Stream, replay
 from ahawam_jax.models.aha_wam import AhaWam
 from data_pipelines.canvas import CAMERAS
 from export import runtime
@@ -111,53 +113,68 @@ def test_states_of_the_past_are_refused(exported: Path) -> None:
     (images, joints), (again, _) = observations(1, 2)
     early = policy.start(WORDS[:1])
     _, late = policy(images, joints, early)
-    with pytest.raises(ValueError, match="The state is of call 0 of batch 1, this policy is at call 1 of batch 1"):
+    with pytest.raises(ValueError, match="The state is of refresh 0 of batch 1, the memory of refresh 1"):
         policy(images, joints, early)
     with pytest.raises(ValueError, match="finite numbers, one row per episode"):
         policy(images, joints * np.nan, late)
     policy(again, joints, late)  # a refused call changes nothing
     policy.start(WORDS[1:])
-    with pytest.raises(ValueError, match="of batch 2.*load a second policy"):
+    with pytest.raises(ValueError, match="of batch 1, this policy is at batch 2.*load a second policy"):
         policy(images, joints, late)
 
 
-def test_plans_that_come_late(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without waiting, a call acts on the newest finished plan, and its chunk counts from that plan's frame."""
+def test_a_refresh_beside_chunks(exported: Path) -> None:
+    """In threads: plans come late, a start waits for what still writes in the buffers, the log replays bit for bit."""
+    policy = DeployedPolicy.load(exported, device="cpu", execute=2)
+    events: list[dict] = []
+    stream, shown, actions = Stream(policy, log=events.append), {}, []
 
-    class Slow:
-        """An event of a stream that takes until the next call to finish."""
+    def call(number: int) -> Chunk:
+        images, joints = observations(1, 5)[number]
+        seen = stream.observe(images, joints, 2 * number)
+        shown[seen.episode, seen.number] = images, joints
+        chunk = stream.act(seen)
+        actions.append(chunk.actions)
+        return chunk
 
-        def __init__(self) -> None:
-            self.queries = 0
+    stream.start(WORDS[:1])
+    assert call(0).age_rows == 0
+    plan, entered, may = policy._plan, threading.Event(), threading.Event()
 
-        def record(self) -> None: ...
+    def slow() -> None:
+        entered.set()
+        assert may.wait(20)
+        plan()
 
-        def synchronize(self) -> None:
-            self.queries = 10
+    policy._plan = slow
+    late = [call(number) for number in (1, 2, 3)]  # one is due at the second
+    assert [(chunk.plan, chunk.age_rows) for chunk in late] == [(0, 2), (0, 4), (0, 6)]
+    may.set()
+    stream._background.wait()
+    may.clear(), entered.clear()
+    assert call(4).plan_row == 4
+    assert entered.wait(20)
+    threading.Timer(0.2, may.set).start()
+    stream.start(WORDS[1:])
+    assert may.is_set()
+    assert call(0).plan_row == 0
+    assert [event["event"] for event in events].count("dropped") == 1
+    again = replay(DeployedPolicy.load(exported, device="cpu", execute=2), events, shown)
+    np.testing.assert_array_equal(again, actions)
 
-        def query(self) -> bool:
-            self.queries += 1
-            return self.queries > 1
 
-    policy = DeployedPolicy.load(exported, device="cpu", wait=False, execute=2, say=print)
-    policy._streams[1] = object()
-    monkeypatch.setattr(runtime.DeployedPolicy, "_on", staticmethod(lambda stream: runtime.contextlib.nullcontext()))
-    monkeypatch.setattr(policy, "_captured", lambda name, graphs, stages, stream: lambda: [run() for run in stages])
-    monkeypatch.setattr(torch.cuda, "Event", Slow)
-    starts = []
-    rotary = policy._executor.rotary
-    monkeypatch.setattr(policy._executor, "rotary", lambda start: (starts.append(start), rotary(start))[1])
+def test_a_lost_memory_is_as_none(exported: Path) -> None:
+    """Also where the refresh has failed midway."""
+    policy = DeployedPolicy.load(exported, device="cpu", refresh_every=1)
+    seen = [policy.encode(*shown, 1) for shown in observations(1, 3)]
     state = policy.start(WORDS[:1])
-    planned = []
-    with torch.no_grad():
-        for images, joints in observations(1, 6):
-            _, state = policy(images, joints, state)
-            planned.append(state.planned_at)
-    # Refreshes at calls 0, 2, 4, that is at actions 0, 4, 8; but for the first, taken one call later.
-    assert planned == [0, 0, 0, 4, 4, 8]
-    assert starts == [0, 0, 4, 0, 4, 0]
-    with pytest.raises(ValueError, match="reaches 12 actions beyond the planner's frame, but training covered 8"):
-        DeployedPolicy.load(exported, device="cpu", wait=False)
+    for observation in seen[:2]:
+        state = policy.refresh(observation, state)
+    forgotten = policy.refresh(seen[2], policy.forget(state))
+    new = policy.refresh(seen[2], policy.start(WORDS[:1]))
+    for got, want in zip(forgotten.context, new.context, strict=True):
+        assert torch.equal(got, want)
+    assert not torch.equal(new.context[0], state.context[0])
 
 
 def test_without_a_gpu_engines_are_replaced(exported: Path) -> None:

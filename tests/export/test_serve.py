@@ -13,9 +13,11 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from ahawam_jax.inference.policy import Policy
+from ahawam_jax.inference.streaming import StreamedPolicy, StreamSettings
 from ahawam_jax.serving.server import Limits
 from data_pipelines.canvas import CAMERAS
 from export import serve
+from export.loading import load_policy
 from export.runtime import DeployedPolicy
 from tests.conftest import REPOSITORY
 from tests.serving.stub import Asking, expected, running
@@ -51,16 +53,19 @@ def served(*arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
             process.kill()
 
 
-@pytest.mark.parametrize("kind", ["run", "export"])
-def test_the_command(plain_export: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "arguments"), [("run", []), ("export", []), ("export", ["--streaming", "--max-age=4"])]
+)
+def test_the_command(plain_export: Path, kind: str, arguments: list[str]) -> None:
     """Bit for bit what the policy of this process computes, and an orderly end."""
     folder = plain_export if kind == "export" else plain_export.parent / "run"
     policy = DeployedPolicy.load(folder, device="cpu") if kind == "export" else Policy.load(folder)
-    with served(f"--checkpoint={folder}") as (url, process), Asking(url) as client:
+    with served(f"--checkpoint={folder}", *arguments) as (url, process), Asking(url) as client:
         for shown in (observations(0), observations(1, "close the drawer")):
             found = [client.ask(message)["actions"] for message in shown]
             np.testing.assert_array_equal(found, expected(policy, shown))
         assert client.metadata["execute"] == policy.config.execute and client.metadata["chunk"] == len(found[0])
+        assert (client.metadata["hand_over"], client.metadata["max_delay"]) == ("skip", 0)
         if kind == "export":
             with pytest.raises(InvalidStatus, match="503"):
                 Asking(url)
@@ -86,6 +91,46 @@ def test_episodes_of_several_clients_in_one_model(plain_export: Path) -> None:
         np.testing.assert_array_equal([chunks[number] for chunks in found], expected(policy, shown[number]))
 
 
+@pytest.mark.parametrize("kind", ["run", "export"])
+def test_two_streams(plain_export: Path, kind: str) -> None:
+    """Where max_age asks for the synchronous schedule, bit for bit that; and the plan's age is told and counted."""
+    policy = load_policy(plain_export if kind == "export" else plain_export.parent / kind)
+    shown = observations(0), observations(1, "close the drawer")
+    wanted = [expected(policy, messages) for messages in shown]
+    streams = StreamedPolicy(policy, StreamSettings(max_age=policy.config.execute), several=kind == "run")
+    with running(streams) as server, server.client() as client:
+        assert server.server.warm_up() > 0
+        for messages, want in zip(shown, wanted, strict=True):
+            answers = [client.ask(message) for message in messages]
+            np.testing.assert_array_equal([answer["actions"] for answer in answers], want)
+        assert [answer["plan_age"] for answer in answers] == [0, 4, 0]
+        assert [answer["refreshed"] for answer in answers] == [True, False, True]
+        assert [(answer["held"], answer["planner_error"]) for answer in answers] == [(False, None)] * CALLS
+        assert answers[0]["plan_age_ms"] == answers[2]["plan_age_ms"] == 0 < answers[1]["plan_age_ms"]
+        assert server.metric("ahawam_plan_age_seconds_count") == 6 and server.metric("ahawam_refreshes_total") == 4
+
+
+def test_a_failing_planner_is_told_until_its_plan_is_too_old(plain_export: Path) -> None:
+    policy = load_policy(plain_export.parent / "run", execute=2)
+    streams = StreamedPolicy(policy, StreamSettings(), several=True)
+    with running(streams) as server, server.client() as client:
+        answers = [client.ask(observations(0)[0])]
+        policy.refreshing = lambda observation, state: 1 / 0
+        for _ in range(3):
+            answers.append(client.ask(observations(0)[0]))
+            streams._stream._background.wait()
+        assert [answer["plan_age"] for answer in answers] == [0, 2, 4, 6]
+        assert answers[1]["planner_error"] is None
+        assert answers[3]["planner_error"] == "refresh 1 failed (ZeroDivisionError: division by zero)."
+        client.send(observations(0)[0])
+        sentence = client.refused(1011)
+        assert "the policy failed (PlannerError: there is no plan to act from at control step 8" in sentence
+        assert server.metric("ahawam_planner_failures_total") == 1
+        del policy.refreshing
+        with server.client() as other:
+            assert other.ask(observations(0)[0])["planner_error"] is None
+
+
 def test_a_first_call_needs_an_instruction_that_was_encoded(
     robotwin_export: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,6 +148,14 @@ def test_a_first_call_needs_an_instruction_that_was_encoded(
         ("run", ["--clients=0"], "the limit of clients is 0; expected more than 0"),
         ("run", ["--max-rate=-1"], "the limit of rate is -1.0"),
         ("run", ["--token-file=/dev/null"], "/dev/null holds no token"),
+        ("run", ["--max-age=4", "--late=hold"], "--max-age, --late goes with --streaming; add it"),
+        ("run", ["--streaming", "--max-age=8"], "max_age is 8 control steps; expected 0 to 7"),
+        ("run", ["--streaming", "--refresh-slices=3"], "refresh_slices is 3; expected 1 to 2"),
+        ("export", ["--streaming", "--refresh-slices=2"], "an export has a stream for its planner"),
+        ("run", ["--hand-over=trained", "--execute=2"], "this checkpoint was trained without any"),
+        ("run", ["--hand-over=roll-forward", "--execute=2"], "5 numbers of a state, 3 of an action"),
+        ("run", ["--hand-over=guided"], "with policy.execute 4 of 4 actions, delays go up to 0"),
+        ("export", ["--hand-over=guided", "--execute=2"], "guided changes the Euler steps, which are fixed in what"),
         ("run", ["--port=65536"], "--port is 65536; expected 0 to 65535"),
         ("nothing", [], "nothing"),
     ],

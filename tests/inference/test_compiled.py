@@ -8,6 +8,7 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from ahawam_jax.checkpoints import save_params
 from ahawam_jax.commands import compile_policy
 from ahawam_jax.inference.policy import Policy, PolicyConfig, load_run
 from ahawam_jax.models.aha_wam import AhaWam, abstract_params, resident_params
+from ahawam_jax.models.attention import ABSENT_GPU, attention_of
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.weights.convert import flatten
 from configs import robotwin
@@ -38,10 +40,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def drive(policy: Policy) -> np.ndarray:
-    state, out = policy.start(WORDS), []
+def drive(policy: Policy, episodes: int = 2) -> np.ndarray:
+    state, out = policy.start(WORDS[:episodes]), []
     for call in range(4):
-        actions, state = policy(*observation(call), state)
+        images, robot_state = observation(call)
+        actions, state = policy({name: x[:episodes] for name, x in images.items()}, robot_state[:episodes], state)
         out.append(actions)
     return np.stack(out)
 
@@ -87,6 +90,15 @@ def test_traced_ahead_of_time(run: Path, compiled: Path, monkeypatch: pytest.Mon
         np.testing.assert_array_equal(drive(policy), expected)
 
 
+def test_with_the_attention_of_gpus(run: Path, tmp_path: Path) -> None:
+    with attention_of(ABSENT_GPU):
+        policy = Policy.load(run)
+        policy.save_compiled(tmp_path)
+        expected = drive(policy, 1)
+    assert b"LayoutConstraint" in (tmp_path / "act.jaxexport").read_bytes()
+    np.testing.assert_array_equal(drive(Policy.load(run, compiled_in=tmp_path), 1), expected)
+
+
 def test_in_another_process(run: Path, compiled: Path) -> None:
     code = (
         "import sys; from ahawam_jax.inference.policy import Policy; from tests.inference.test_compiled import drive\n"
@@ -111,6 +123,19 @@ def test_other_policies_are_refused(run: Path, compiled: Path, tmp_path: Path) -
     (damaged / "act.jaxexport").write_bytes(b"x" + (damaged / "act.jaxexport").read_bytes()[1:])
     with pytest.raises(ValueError, match="act.jaxexport is damaged or of another policy"):
         Policy.load(run, compiled_in=damaged)
+
+
+@pytest.mark.parametrize("by", ["JAX 0.9.1, jaxlib 0.9.1", None])
+def test_another_jax_is_refused(run: Path, compiled: Path, tmp_path: Path, by: str | None) -> None:
+    """Also by a folder from before versions were recorded."""
+    for path in compiled.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    record = json.loads((tmp_path / "about.json").read_text())
+    assert record.pop("traced by") == f"JAX {jax.__version__}, jaxlib {jaxlib.__version__}"
+    (tmp_path / "about.json").write_text(json.dumps(record | ({"traced by": by} if by else {})))
+    said = f"compiled with {by or 'a JAX that it does not name'}, and this is JAX {jax.__version__}.*write it again"
+    with pytest.raises(ValueError, match=said):
+        Policy.load(run, compiled_in=tmp_path)
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

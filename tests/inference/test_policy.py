@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ahawam_jax.inference.continuing import Continued, Guidance, prefix_weights
 from ahawam_jax.inference.policy import Policy, PolicyConfig
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import ModelConfig
@@ -129,6 +130,56 @@ def run(policy: Policy, calls: int = 3) -> list[np.ndarray]:
     return out
 
 
+def delayed(**settings: Any) -> Policy:
+    """A policy of a checkpoint that says of itself that it was trained with up to two committed actions."""
+    config = get_config()
+    config.objective.max_delay = 2
+    return Policy(MODEL, PARAMS, config, STATISTICS, PolicyConfig(**{"steps": 2, "execute": 2, **settings}))
+
+
+def test_a_chunk_goes_on_from_committed_actions(default: Policy) -> None:
+    """They stand at its beginning as they are run; what follows depends on them, and on no row behind them."""
+    policy, rest = delayed(), np.random.default_rng(1).normal(size=(EPISODES, 3, 3)).astype(np.float32)
+
+    def chunk(committed: int | None, rest: np.ndarray, policy: Policy = policy) -> np.ndarray:
+        state = policy.start(INSTRUCTIONS)
+        seen = policy.encode(*observation(0), EPISODES)
+        continued = None if committed is None else Continued(rest, committed)
+        return policy.act(seen, policy.refresh(seen, state), continued)[0]
+
+    first, free = chunk(2, rest), chunk(0, rest)
+    np.testing.assert_allclose(first[:, :2], rest[:, :2], atol=1e-6)
+    np.testing.assert_array_equal(free, chunk(None, rest))
+    np.testing.assert_allclose(free, chunk(None, rest, default), rtol=2e-5, atol=2e-5)  # the program without them
+    later, earlier = rest.copy(), rest.copy()
+    later[:, 2] += 1
+    earlier[:, 1] += 1
+    np.testing.assert_array_equal(chunk(2, later), first)
+    assert (np.abs(chunk(2, earlier) - first)[:, 2:].max((1, 2)) > 1e-3).all()
+    with pytest.raises(ValueError, match="3 committed actions was asked for, .* at most 2 .config.objective"):
+        chunk(3, rest)
+    with pytest.raises(ValueError, match="trained without any"):
+        chunk(1, rest, default)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1.2])
+@pytest.mark.parametrize("jacobian", [True, False])
+def test_a_chunk_is_guided_by_the_rest_of_the_one_before(jacobian: bool, limit: float) -> None:
+    """Of an executor that says one clean chunk whatever it sees, whose Jacobian is 0, the last of two steps is left:
+
+    from level 5/6 to 0, that chunk and 5/6 * limit * weight of the way to the rest.
+    """
+    head = {"kernel": np.zeros_like(PARAMS["executor"]["head"]["kernel"]), "bias": np.float32([0.1, 0.2, 0.3])}
+    params = {**PARAMS, "executor": {**PARAMS["executor"], "head": head}}
+    one = Policy(MODEL, params, CONFIG, STATISTICS, PolicyConfig(steps=2, execute=2))
+    seen = one.encode(*observation(0), EPISODES)
+    state = one.refresh(seen, one.start(INSTRUCTIONS))
+    free, _ = one.act(seen, state)
+    guided, _ = one.act(seen, state, Continued(free[:, :2] + 0.3, 1, Guidance(limit, jacobian)))
+    moved = 0.3 * 5 / 6 * limit * prefix_weights(1, 2, 4)[:, None] * (not jacobian)
+    np.testing.assert_allclose(guided, free + moved, atol=1e-5)
+
+
 def test_memory_and_routing_are_switches(default: Policy) -> None:
     full, forgetful, unrouted = run(default), run(policy(memory=False)), run(policy(routing=False))
     # Without memory the first plan is the same, the second one, at call 2, is not.
@@ -145,6 +196,17 @@ def test_episodes_do_not_see_each_other(default: Policy) -> None:
     again, _ = default(changed, robot_state, default.start(INSTRUCTIONS))
     np.testing.assert_array_equal(actions[0], again[0])
     assert np.abs(actions[1] - again[1]).max() > 1e-4
+
+
+def test_an_observation_stays_what_it_was_when_its_arrays_take_the_next_one(default: Policy) -> None:
+    """A camera driver writes every frame into the same memory; two streams still use the last one then."""
+    images, robot_state = observation(0)
+    want, _ = default(images, robot_state, default.start(INSTRUCTIONS))
+    taken = default.encode(images, robot_state, EPISODES)
+    for array in (*images.values(), robot_state):
+        array[...] = 3
+    actions, _ = default.act(taken, default.refresh(taken, default.start(INSTRUCTIONS)))
+    np.testing.assert_array_equal(actions, want)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from ahawam_client import wire
 from ahawam_client.client import PolicyClient, ServerError
+from ahawam_jax.inference.handover import HAND_OVERS
 from ahawam_jax.serving.server import Limits
 from ahawam_jax.serving.wire import pack, unpack
 from tests.conftest import REPOSITORY
@@ -42,6 +43,20 @@ def test_it_drives_and_resets() -> None:
             found = [client.infer(x["images"], x["state"], x["prompt"])["actions"] for x in shown]
             np.testing.assert_array_equal(found, expected(Stub(), shown))
             client.reset()
+
+
+def test_it_tells_what_is_still_to_be_run() -> None:
+    """Nothing of it where nothing is left."""
+    way, shown = HAND_OVERS["jacobian-free"], [observation(seed) for seed in range(3)]
+    rests = [np.zeros((0, 3)), np.float32([[1, 2, 3]]), np.float32([[4, 5, 6], [7, 8, 9]])]
+    told = [x | ({"rest": rest, "delay": 1} if len(rest) else {}) for x, rest in zip(shown, rests, strict=True)]
+    with running(hand_over=way) as server, PolicyClient(server.url) as client:
+        found = [client.infer(x["images"], x["state"], x["prompt"], rest, np.int64(1))
+                 for x, rest in zip(shown, rests, strict=True)]  # fmt: skip
+        np.testing.assert_array_equal([answer["actions"] for answer in found], expected(Stub(), told, way))
+        assert ["begins" in answer for answer in found] == [False, True, True]
+        with pytest.raises(ServerError, match="delay is 2; expected a whole number from 0 to 1, the rows of rest"):
+            client.infer(shown[0]["images"], shown[0]["state"], shown[0]["prompt"], rests[1], 2)
 
 
 def test_it_sends_on_without_waiting() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from ahawam_jax.inference.continuing import Continued
+from ahawam_jax.inference.handover import HAND_OVERS, HandOver
 from ahawam_jax.serving.server import Limits, PolicyServer
 from ahawam_jax.serving.wire import pack, unpack
 from data_pipelines.canvas import CAMERAS, Canvas
@@ -34,7 +37,8 @@ class StubState:
 class Stub:
     """Fails at the instruction "fail"; waits for `open` where it is cleared."""
 
-    model = SimpleNamespace(config=SimpleNamespace(chunk=CHUNK))
+    sizes = SimpleNamespace(chunk=CHUNK)
+    max_delay, can_guide = 0, True
     config = SimpleNamespace(execute=EXECUTE, refresh_every=REFRESH_EVERY)
     canvas = Canvas((16, 16))
     embodiment = Embodiment.as_recorded(STATE, ACTIONS)
@@ -50,14 +54,17 @@ class Stub:
         return StubState(instructions[0].encode())
 
     def __call__(
-        self, images: Mapping[str, np.ndarray], robot_state: np.ndarray, state: StubState
-    ) -> tuple[np.ndarray, StubState]:
+        self, images: Mapping[str, np.ndarray], robot_state: np.ndarray, state: StubState,
+        continued: Continued | None = None,
+    ) -> tuple[np.ndarray, StubState]:  # fmt: skip
         self.threads.add(threading.current_thread().name)
         self.busy.set()
         assert self.open.wait(20)
         if state.seen == b"fail":
             raise RuntimeError("the device is gone")
         shown = [state.seen, robot_state.tobytes(), *(images[camera].tobytes() for camera in CAMERAS)]
+        if continued is not None:
+            shown += [continued.actions.tobytes(), bytes([continued.committed, continued.forward])]
         seen = hashlib.sha256(b"".join(shown)).digest()
         planned_at = state.planned_at if state.calls % REFRESH_EVERY else state.elapsed
         actions = np.random.default_rng(list(seen)).standard_normal((1, CHUNK, ACTIONS), np.float32)
@@ -72,12 +79,15 @@ def observation(seed: int = 0, **changes: Any) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def expected(policy: Any, observations: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+def expected(
+    policy: Any, observations: Sequence[Mapping[str, Any]], hand_over: HandOver = HAND_OVERS["skip"]
+) -> list[np.ndarray]:
     """Chunks of one episode, without a server: [chunk, m] each."""
     state, chunks = policy.start([observations[0]["prompt"]]), []
     for shown in observations:
         images = {camera: view[None] for camera, view in shown["images"].items()}
-        actions, state = policy(images, np.float32(shown["state"])[None], state)
+        continued = hand_over.ask(np.float32(shown["rest"])[None], shown["delay"]) if "rest" in shown else None
+        actions, state = policy(images, np.float32(shown["state"])[None], state, continued)
         chunks.append(actions[0])
     return chunks
 
@@ -111,6 +121,16 @@ class Running:
 
     def client(self, **options: Any) -> "Asking":
         return Asking(self.url, **options)
+
+    def ask_at_once(self, sent: Sequence[Sequence[Any]]) -> list[list[np.ndarray]]:
+        """A client for each list of messages, all at the same time; the actions that each is answered."""
+
+        def drive(messages: Sequence[Any]) -> list[np.ndarray]:
+            with self.client() as client:
+                return [client.ask(message)["actions"] for message in messages]
+
+        with ThreadPoolExecutor(len(sent)) as pool:
+            return list(pool.map(drive, sent, timeout=20))
 
 
 class Asking:

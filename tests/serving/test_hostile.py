@@ -1,11 +1,13 @@
 """The campaign of the benchmark, in part: nothing hangs, nothing crashes, honest clients notice nothing."""
 
+import numpy as np
 import pytest
 
+from ahawam_jax.inference.handover import HAND_OVERS
 from ahawam_jax.serving import server
 from ahawam_jax.serving.server import Limits
 from benchmarks import hostile
-from tests.serving.stub import observation, running
+from tests.serving.stub import ACTIONS, observation, running
 
 ROUNDS = 16
 
@@ -15,8 +17,9 @@ def test_hostile_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "PING", 1.0)
     monkeypatch.setattr(hostile, "PATIENCE", 20.0)
     kinds = [*hostile.MESSAGES, *hostile.WAYS]
-    with running(limits=Limits(clients=8, rate=1e6)) as found:
-        report = hostile.campaign(found.port, [observation(seed) for seed in range(3)], ROUNDS * len(kinds))
+    shown = [observation(seed, rest=np.full((2, ACTIONS), seed / 8), delay=seed % 2) for seed in range(3)]
+    with running(limits=Limits(clients=8, rate=1e6), hand_over=HAND_OVERS["jacobian-free"]) as found:
+        report = hostile.campaign(found.port, shown, ROUNDS * len(kinds))
         assert found.thread.is_alive()
     assert report.compared > 10 and report.differing == 0
     count = {kind: sum(number for (of, _), number in report.endings.items() if of == kind) for kind in kinds}

@@ -1,6 +1,5 @@
 """The server: one episode per connection, whatever the other connections do; errors in words; an orderly end."""
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -90,21 +89,11 @@ def test_colours_may_come_first_and_numbers_in_any_width() -> None:
 
 def test_clients_do_not_see_each_other() -> None:
     """Four at once, their calls interleaved: each is answered as if it were alone, bit for bit."""
-    found: dict[int, list[np.ndarray]] = {}
-
-    def drive(number: int) -> None:
-        with server.client() as client:
-            found[number] = [client.ask(observation(100 * number + call))["actions"] for call in range(20)]
-
+    sent = [[observation(100 * number + call) for call in range(20)] for number in range(4)]
     with running() as server:
-        threads = [threading.Thread(target=drive, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20)
-    for number in range(4):
-        alone = expected(Stub(), [observation(100 * number + call) for call in range(20)])
-        np.testing.assert_array_equal(found[number], alone)
+        found = server.ask_at_once(sent)
+    for answered, messages in zip(found, sent, strict=True):
+        np.testing.assert_array_equal(answered, expected(Stub(), messages))
 
 
 def test_the_newest_observation_wins() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.sync.client import connect
 
 from ahawam_client.wire import pack, unpack
@@ -31,7 +31,7 @@ class PolicyClient:
                 connect(url, compression=None, max_size=None, additional_headers=headers, open_timeout=timeout)
             )
             self.metadata: dict[str, Any] = unpack(self._connection.recv(timeout))
-        except (OSError, ConnectionClosed, InvalidHandshake) as error:
+        except (OSError, ConnectionClosed, InvalidHandshake, InvalidURI) as error:
             body = getattr(getattr(error, "response", None), "body", None)
             said = body.decode(errors="replace").strip() if body else str(error)
             self._stack.close()
@@ -51,18 +51,28 @@ class PolicyClient:
         """The next observation begins another episode."""
         self._episode += 1
 
-    def infer(self, images: Mapping[str, np.ndarray], state: np.ndarray, prompt: str | None = None) -> dict[str, Any]:
+    def infer(
+        self, images: Mapping[str, np.ndarray], state: np.ndarray, prompt: str | None = None,
+        rest: np.ndarray | None = None, delay: int = 0,
+    ) -> dict[str, Any]:  # fmt: skip
         """The answer to an observation, {"actions": float32 [chunk, m], ...}; see `send`. Raises ServerError."""
-        self.send(images, state, prompt)
+        self.send(images, state, prompt, rest, delay)
         return self.receive()
 
-    def send(self, images: Mapping[str, np.ndarray], state: np.ndarray, prompt: str | None = None) -> None:
+    def send(
+        self, images: Mapping[str, np.ndarray], state: np.ndarray, prompt: str | None = None,
+        rest: np.ndarray | None = None, delay: int = 0,
+    ) -> None:  # fmt: skip
         """Sends an observation and does not wait. One that waits at the server is replaced and gets no answer.
 
         images: uint8 [h, w, 3] by camera, those of metadata["cameras"].  state: [n], the robot's own.  prompt: the
-        instruction, None for the server's own.
+        instruction, None for the server's own.  rest: [rows, m], the commands that are still to be run, the first of
+        them now, for a robot that moves while it waits.  delay: so many of them will have been run when the answer is
+        there, metadata["max_delay"] at most.
         """
         message = {"images": dict(images), "state": np.asarray(state), "episode": self._episode}
+        if rest is not None and len(rest):
+            message |= {"rest": np.asarray(rest, np.float32), "delay": int(delay)}
         try:
             self._connection.send(pack(message if prompt is None else {**message, "prompt": prompt}))
         except ConnectionClosed:

@@ -91,17 +91,18 @@ def test_reference_images(shared_dir: Path) -> None:
     assert_close(encoder(images).numpy(), f["image_latents"][:, :, 0], TOLERANCE)
 
 
-def test_block_transform_is_jax_s() -> None:
+@pytest.mark.parametrize("places", [False, True])
+def test_block_transform_is_jax_s(places: bool) -> None:
     images = canvas(PLAIN)
-    got = BlockTransformEncoder()(torch.from_numpy(images))
+    got = BlockTransformEncoder(places)(torch.from_numpy(images))
     # One product with 768 terms and nothing after it.
-    assert_close(got.numpy(), jax_latents(BlockTransform(), images), 2e-6)
+    assert_close(got.numpy(), jax_latents(BlockTransform(places), images), 2e-6)
 
 
-@pytest.mark.parametrize("tower", ["vae", "block transform"])
+@pytest.mark.parametrize("tower", ["vae", "block transform", "placed blocks"])
 def test_towers_export(tower: str) -> None:
     images = torch.from_numpy(canvas(PLAIN))
-    encoder: torch.nn.Module = BlockTransformEncoder()
+    encoder: torch.nn.Module = BlockTransformEncoder(tower == "placed blocks")
     if tower == "vae":
         statistics = {"mean": np.zeros(PLAIN.z_dim), "std": np.ones(PLAIN.z_dim)}
         encoder = VaeEncoder.from_wan(random_tensors(PLAIN), PLAIN, **statistics)
