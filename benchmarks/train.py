@@ -7,16 +7,20 @@ Ours is the step that `ahawam train` compiles; the other is `export.released.tra
 loss, gradients and updates. Both run on the CPU in float32, on the same threads and processors, from the same weights,
 on the same batch of latents with the release's objective, and draw their own noise; only in the first steps they are
 given the same, and their losses must agree. Each has a process of its own, so that memory can be told apart. They take
-turns, step by step, while the other waits; a step ends when its loss is there as a number. "processor" is the time
-that the process's threads ran in a step: on a busy machine, with --threads 1, the figure to trust, since PyTorch's
-threads wait for one another and for a processor. "peak, step" is the memory of a process in a timed step, in which
-ours still holds its compiler; "peak, all" is from the start, "imports" what both have before they make anything.
+turns, step by step, while the other waits; a step ends when its loss is there as a number. Ours is there twice: as it
+runs after its program was compiled, and as at every later start, with the program from the cache of compiled ones.
+
+"processor" is the time that the process's threads ran in a step: on a busy machine, with --threads 1, the figure to
+trust, since PyTorch's threads wait for one another and for a processor. "peak, step" is the most that a process had in
+memory (VmHWM) in the timed steps; "peak, all" is from the start, compiling included; "imports" is what all have before
+they make anything, PyTorch and JAX, of which either side uses one.
 
 To compare with an older commit, run the same command in a checkout of it (`git worktree add`), as far back as it has
 this file; the released side, which hardly changes, says how far the two runs of the machine can be compared.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -28,9 +32,11 @@ import torch
 from ml_collections import ConfigDict
 from safetensors.torch import load_file, save_file
 
+from ahawam_jax.compilation_cache import FOLDER, SHORTEST
 from ahawam_jax.models.aha_wam import AhaWam
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.towers.latents import make_canvas, make_windows
+from ahawam_jax.training.host_memory import give_back
 from ahawam_jax.training.objective import ObjectiveConfig, sample_noise
 from ahawam_jax.training.optimizer import OptimizerConfig
 from ahawam_jax.weights.release import to_release
@@ -48,7 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tiny": train_step.TINY,
 }  # fmt: skip
 SAMPLES = {"demo": 16, "mid": 4, "tiny": 2}
-OURS, RELEASED = "ours", "released way, eager"
+FIRST, LATER, RELEASED = "ours, first start", "ours, later start", "released way, eager"
 CHECKED, WARM_UP = 3, 4  # steps with the same noise, and steps before the first that counts
 AGREEMENT = 1e-3  # of the losses of these steps, relative; float32, and Adam divides by small numbers
 
@@ -83,6 +89,7 @@ class Ours:
             drawn = (noise.video, noise.video_times, noise.action[0], noise.action_times[0])
             save(dict(zip(Noise._fields, drawn, strict=True)), folder / f"noise{i}")
         self.compiled = jax.jit(step, donate_argnums=0).lower(self.state, self.batch, self.key).compile()
+        give_back()  # as `ahawam train`
 
     def step(self) -> float:
         """The loss."""
@@ -122,10 +129,12 @@ def row(side: Side) -> str:
     )
 
 
-def measure(size: str, steps: int, threads: list[int]) -> tuple[Side, Side]:
-    """Ours and the released way after `steps` timed steps each, in turn."""
+def measure(size: str, steps: int, threads: list[int]) -> list[Side]:
+    """FIRST, LATER and RELEASED after `steps` timed steps each, in turn."""
     with tempfile.TemporaryDirectory() as folder:
-        sides = Side(OURS, threads, Ours, size, Path(folder)), Side(RELEASED, threads, Released, size, Path(folder))
+        os.environ |= {FOLDER: f"{folder}/compiled", SHORTEST: "0.1"}
+        made = ((FIRST, Ours), (LATER, Ours), (RELEASED, Released))
+        sides = [Side(name, threads, make, size, Path(folder)) for name, make in made]
         progress = Progress(WARM_UP + steps, "steps of each")
         for _ in range(WARM_UP + steps):
             progress.add(", ".join(f"{side.name} {side.call('step').seconds:.3g} s" for side in sides), 1)
@@ -152,17 +161,21 @@ def main(arguments: list[str] | None = None) -> None:
     if min(options.steps, options.threads) < 1:
         parser.error("--steps and --threads are at least 1")
     threads = prepare(options.threads)
-    ours, released = measure(options.size, options.steps, threads)
+    sides = measure(options.size, options.steps, threads)
     print(
-        f"{machine(threads, ours.device)}\n"
+        f"{machine(threads, sides[0].device)}\n"
         f"{options.size}: {SAMPLES[options.size]} samples a step, {options.steps} steps of each in turn\n"
-        f"{'':20}{'median':>13}{'fastest':>13}{'processor':>13}{'peak, step':>15}{'peak, all':>15}{'imports':>15}\n"
-        f"{row(ours)}\n{row(released)}"
+        f"{'':20}{'median':>13}{'fastest':>13}{'processor':>13}{'peak, step':>15}{'peak, all':>15}{'imports':>15}"
     )
-    pairs = zip(ours.taken("step", WARM_UP), released.taken("step", WARM_UP), strict=True)
-    median, fastest, processor, peak = (a / b for a, b in pairs)
-    print(f"ours / released: median {median:.2f}, fastest {fastest:.2f}, processor {processor:.2f}, peak {peak:.2f}")
-    print(agreement(*([call.result for call in side.calls["step"][:CHECKED]] for side in (ours, released))))
+    print(*map(row, sides), sep="\n")
+    *ours, released = sides
+    for side in ours:
+        pairs = zip(side.taken("step", WARM_UP), released.taken("step", WARM_UP), strict=True)
+        median, fastest, processor, peak = (a / b for a, b in pairs)
+        print(f"{side.name} / released: median {median:.2f}, fastest {fastest:.2f}, processor {processor:.2f}, "
+              f"peak {peak:.2f}")  # fmt: skip
+        losses = ([call.result for call in of.calls["step"][:CHECKED]] for of in (side, released))
+        print(agreement(*losses))
 
 
 if __name__ == "__main__":

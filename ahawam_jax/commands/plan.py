@@ -7,9 +7,10 @@
     ahawam plan --config=... --policy --device=h200 --steps=1,2,10      # what chunk and refresh of its policy move
 
 The real training step is traced, on shapes alone: nothing is allocated and no accelerator is needed; it takes seconds,
---search a minute. --compile compiles the step for the absent devices, which takes minutes and a plug-in. --policy is
-about inference on one GPU: it compiles what a policy runs, and counts what every kernel reads and writes. Fields of
-the config may be changed as in ahawam train: --config.data.batch_size=256 --config.model.remat=dots.
+--search some more. --compile compiles the step for the absent devices, which takes
+minutes and a plug-in. --policy is about inference on one GPU: it compiles what a policy runs, and counts what every
+kernel reads and writes. Fields of the config may be changed as in ahawam train: --config.data.batch_size=256
+--config.model.remat=dots.
 """
 
 import sys
@@ -46,6 +47,8 @@ def _plan(argv: list[str]) -> None:
         if _POLICY.value:
             print(_policy())
             return
+        if _STEPS.value or _EPISODES.value > 1:
+            raise ValueError("--steps and --episodes are about inference; give them with --policy.")
         if _SEARCH.value and _COMPILE.value:
             raise ValueError("--search compiles nothing; give --compile with the --mesh that it found.")
         network = None if _NETWORK.value is None else _NETWORK.value * 1e9
@@ -77,8 +80,11 @@ def _policy() -> str:
     steps = _STEPS.value or [str(CONFIG.value.policy.steps)]
     if not all(count.isdecimal() and int(count) for count in steps):
         raise ValueError(f"--steps is {','.join(steps)}; expected positive numbers, as in 1,2,10.")
-    if _MESH.value or _SEARCH.value or _COMPILE.value:
-        raise ValueError("--policy is about one GPU and inference; --mesh, --search and --compile are about training.")
+    if _MESH.value or _HOSTS.value or _NETWORK.value is not None or _SEARCH.value or _COMPILE.value:
+        raise ValueError(
+            "--policy is about one GPU and inference; --mesh, --hosts, --network, --search and --compile are about "
+            "training."
+        )
     cluster = make_cluster(_DEVICE.value, "1x1x1", None)
     programs = compile_policy(CONFIG.value, cluster, [int(count) for count in steps], _EPISODES.value)
     return policy_page(programs, cluster.device, _EPISODES.value)

@@ -13,8 +13,8 @@ Elsewhere each is told: --coordinator=HOST:PORT --process=0 --processes=4, or JA
 and JAX_NUM_PROCESSES.
 
 Exit status: 0 when all steps are done; 75 when the same command is to be started again, as after a signal or where
-another process of the job is lost; 130 when stopped before the first step or by a second signal; 1 for what it cannot
-go on with.
+another process of the job is lost; 130 when stopped by Ctrl-C before the first step or by a second signal; 1 for what
+it cannot go on with.
 """
 
 import os
@@ -25,6 +25,7 @@ import traceback
 from absl import flags
 
 from ahawam_jax.commands.flags import CONFIG, WORKDIR, require, run_with_flags
+from data_pipelines.processes import REQUEUE, Terminated
 
 ACCEPT = flags.DEFINE_bool("accept-changed-data", False, "Resume although the data have changed, and record how.")
 
@@ -36,7 +37,8 @@ PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST, steps to profile into 
 WANDB = flags.DEFINE_string("wandb", "", "Project of Weights & Biases that shows the scalars, too.")
 
 
-def _train(argv: list[str]) -> None:
+def run(argv: list[str]) -> None:
+    """Trains as the flags say; ends the process with the status that the module's text lists."""
     require(argv, CONFIG, WORKDIR)
     import jax
 
@@ -46,7 +48,7 @@ def _train(argv: list[str]) -> None:
     from ahawam_jax.training.loop import train
     from ahawam_jax.training.metrics import Monitoring
     from ahawam_jax.training.profiling import parse_window
-    from ahawam_jax.training.stopping import REQUEUE, Interrupted, LostProcess, end
+    from ahawam_jax.training.stopping import Interrupted, LostProcess, end
 
     try:
         join(find_job(os.environ, COORDINATOR.value, PROCESS.value, PROCESSES.value))
@@ -61,11 +63,11 @@ def _train(argv: list[str]) -> None:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(REQUEUE)
-    except KeyboardInterrupt:  # before the first step, or the second signal
-        end(128 + signal.SIGINT, "stopped")
+    except KeyboardInterrupt as stop:  # before the first step, or the second signal
+        end(REQUEUE if isinstance(stop, Terminated) else 128 + signal.SIGINT, "stopped")
     except Exception:
         end(1, traceback.format_exc())
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_with_flags(_train, argv)
+    run_with_flags(run, argv)

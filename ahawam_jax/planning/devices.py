@@ -13,6 +13,8 @@ WHOLE = 62  # bytes for each trained parameter, wherever it lies: casts, gradien
 COPY = 0.9  # of a memory's rate, what a large copy reaches: 4.3 of 4.8 TB/s, read and written, on an H200
 LINK = 0.8  # of a link's rate, what large collectives reach
 USABLE = 0.92  # of a device's memory: the runtime, its communication buffers and fragments take the rest
+# Bytes that a compiler lays out for each that is alive at once. libtpu: 1.13 and 1.21, the full step on 8 and 64 v5p.
+HOLES = {"cuda": 1.0, "tpu": 1.15}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Cluster:
         """Devices of one host."""
         return self.devices // self.hosts
 
+    @property
+    def usable(self) -> float:
+        """Bytes of a device that a step can have."""
+        return USABLE * self.device.memory
+
     def spans(self, axes: Sequence[str], names: Sequence[str]) -> tuple[int, int]:
         """Of a group of devices along mesh axes: how many it has, and on how many hosts. names: of all mesh axes."""
         places = [0]
@@ -88,8 +95,8 @@ def make_cluster(device: str, mesh: str, hosts: int | None, network: float | Non
         )
     if count // hosts > kind.per_host:
         raise ValueError(
-            f"--mesh={mesh} on {hosts} hosts needs {count // hosts} devices a host, a host has at most "
-            f"{kind.per_host} of {device}; give --hosts={-(-count // kind.per_host)} or more, or a smaller mesh."
+            f"--mesh={mesh} on {hosts} host{'s' * (hosts > 1)} needs {count // hosts} devices a host, a host has at "
+            f"most {kind.per_host} of {device}; give --hosts={-(-count // kind.per_host)} or more, or a smaller mesh."
         )
     if network is not None:
         if not 0 < network < math.inf:

@@ -13,10 +13,10 @@ from flax.core.meta import AxisMetadata
 from ml_collections import ConfigDict
 
 from ahawam_jax.planning import flops
-from ahawam_jax.planning.devices import MATRIX, PASSES, UPDATE, USABLE, WHOLE, Cluster
+from ahawam_jax.planning.devices import HOLES, MATRIX, PASSES, UPDATE, WHOLE, Cluster
 from ahawam_jax.planning.layout import lay_out, spec_of
-from ahawam_jax.planning.memory import temporaries
-from ahawam_jax.planning.program import Program, read
+from ahawam_jax.planning.memory import Lives, lives, temporaries
+from ahawam_jax.planning.program import Op, Program, Spec, read
 from ahawam_jax.planning.subject import Subject, abstract_mesh, make_subject, trace
 from ahawam_jax.planning.traffic import Traffic, traffic
 from ahawam_jax.training.sharding import MESH_AXES, bytes_per_device
@@ -33,7 +33,7 @@ class Estimate:
     cluster: Cluster
     state: dict[str, tuple[int, float]]  # parts of the state: bytes on a device, and if nothing lay there twice
     batch_bytes: int  # the batch and the frozen tower, on a device
-    temporary: int  # the most that is alive at once besides
+    temporary: int  # what is laid out for the most that is alive at once besides
     fullest: str  # where that is
     operations: Counter[tuple[str, str]]  # floating point, by component and pass
     per_device: float  # of these, what one device computes: more than its share where work is done twice
@@ -48,7 +48,7 @@ class Estimate:
     @property
     def fits(self) -> bool:
         """Whether that is what a device can hold."""
-        return self.memory <= USABLE * self.cluster.device.memory
+        return self.memory <= self.cluster.usable
 
     @property
     def model_operations(self) -> int:
@@ -109,30 +109,66 @@ class Estimate:
         return _bytes(state), _bytes(jax.eval_shape(lambda state: state.deploy, state))
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A program, and what of it is the same on every mesh."""
+
+    program: Program
+    lives: Lives
+    products: list[tuple[Op, float]]
+    operations: Counter[tuple[str, str]]
+
+    @classmethod
+    def of(cls, program: Program, subject: Subject) -> "Work":
+        """subject: whose step it is; its new state is written where the old one lies."""
+        held = lives(program, len(jax.tree.leaves(subject.state)))
+        return cls(program, held, flops.products(program), flops.count(program))
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A step on a mesh, and what of it is the same for every remat and number of microbatches."""
+
+    subject: Subject
+    inputs: list[Spec]  # layouts of the arguments
+    state: dict[str, tuple[int, float]]
+    batch_bytes: int
+    trained: tuple[int, int]
+
+    @classmethod
+    def of(cls, subject: Subject) -> "Place":
+        arguments, count = jax.tree.leaves(subject.arguments), len(jax.tree.leaves(subject.state))
+        inputs = [spec_of(x.sharding.spec, len(x.shape)) for x in arguments]
+        return cls(subject, inputs, _state(subject), sum(map(_local, arguments[count:])), _trained(subject))
+
+
 def estimate(config: ConfigDict, cluster: Cluster) -> Estimate:
     """Traces the step and takes it apart. Allocates nothing; ValueError for what does not fit together."""
     subject = make_subject(config, abstract_mesh(cluster.sizes))
-    return assess(subject, cluster, read(trace(subject)))
+    return assess(Place.of(subject), cluster, Work.of(read(trace(subject)), subject))
 
 
-def assess(subject: Subject, cluster: Cluster, program: Program) -> Estimate:
+def assess(place: Place, cluster: Cluster, work: Work) -> Estimate:
     """What a step that was read already costs on a cluster."""
-    sizes = dict(zip(MESH_AXES, cluster.sizes, strict=True))
-    arguments = jax.tree.leaves(subject.arguments)
-    state = jax.tree.leaves(subject.state)
-    inputs = [spec_of(x.sharding.spec, len(x.shape)) for x in arguments]
-    others = len(program.outputs) - len(state)
+    program, sizes = work.program, dict(zip(MESH_AXES, cluster.sizes, strict=True))
+    count = len(jax.tree.leaves(place.subject.state))
+    others = len(program.outputs) - count
     found = lay_out(
-        program, inputs, [*inputs[: len(state)], *[None] * others], sizes,
-        [i < len(state) for i in range(len(arguments))],
+        program, place.inputs, [*place.inputs[:count], *[None] * others], sizes,
+        [i < count for i in range(len(place.inputs))],
     )  # fmt: skip
-    peak = temporaries(program, found, sizes, len(state))
+    peak = temporaries(work.lives, found, sizes)
+    temporary = round(HOLES[cluster.device.platform] * peak.bytes)
     return Estimate(
-        subject, cluster, _state(subject),
-        sum(_local(x) for x in arguments[len(state) :]), peak.bytes,
-        f"{flops.component(peak.at)} {flops.which_pass(peak.at)}" if peak.at else "", flops.count(program),
-        flops.on_device(program), traffic(found, cluster), _trained(subject),
+        place.subject, cluster, place.state, place.batch_bytes, temporary,
+        f"{flops.component(peak.at)} {flops.which_pass(peak.at)}" if peak.at else "", work.operations,
+        flops.on_device(work.products), traffic(found, cluster), place.trained,
     )  # fmt: skip
+
+
+def held(subject: Subject) -> int:
+    """Bytes of the state on a device."""
+    return sum(map(_local, jax.tree.leaves(subject.state)))
 
 
 def _state(subject: Subject) -> dict[str, tuple[int, float]]:

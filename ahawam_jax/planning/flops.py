@@ -7,7 +7,7 @@ run. What XLA's `cost_analysis` says counts a loop's body once.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ahawam_jax.planning.program import Op, Program, Value
 
@@ -55,17 +55,21 @@ def walk(program: Program, times: int = 1) -> Iterator[tuple[Op, int]]:
             yield from walk(op.body, times * op.times)
 
 
-def on_device(program: Program) -> float:
-    """Of those of a program that is laid out, what one device computes."""
-    return sum(times * flops(op) / op.split for op, times in walk(program))
+def products(program: Program) -> list[tuple[Op, float]]:
+    """What is counted, each with its operations in all of its runs."""
+    return [(op, times * found) for op, times in walk(program) if (found := flops(op))]
+
+
+def on_device(counted: Iterable[tuple[Op, float]]) -> float:
+    """Of the products of a program that is laid out, what one device computes."""
+    return sum(found / op.split for op, found in counted)
 
 
 def count(program: Program) -> Counter[tuple[str, str]]:
     """Operations by (component, pass)."""
     total: Counter[tuple[str, str]] = Counter()
-    for op, times in walk(program):
-        if found := flops(op):
-            total[component(op), which_pass(op)] += times * found
+    for op, found in products(program):
+        total[component(op), which_pass(op)] += found
     return total
 
 

@@ -7,6 +7,7 @@ reduce, scattered where what becomes of them is split.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -24,6 +25,11 @@ REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or
 # Of which a dimension that they leave as it is keeps its layout, and the others lose it.
 PARTIAL = {"concatenate", "pad", "slice", "dynamic_slice", "dynamic_update_slice", "gather", "split", "cumsum", "sort",
            "rev", "scatter", "scatter-add", "conv_general_dilated"}  # fmt: skip
+# All others keep the layout of an operand of the result's shape.
+RESHAPING = {"dot_general", "sharding_constraint", "broadcast_in_dim", "transpose", "reshape", "squeeze",
+             "expand_dims", "stack", "unstack"}  # fmt: skip
+ADDITIONS = {"add", "add_any"}
+SPECIAL = RESHAPING | REDUCTIONS | PARTIAL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +61,10 @@ def parts(axes: Iterable[str], sizes: Mapping[str, int]) -> int:
 
 def local_bytes(value: Value, sizes: Mapping[str, int]) -> int:
     """Bytes of a value on one device."""
-    split = parts((axis for axes in value.spec or () for axis in axes), sizes)
+    split = 1
+    for axes in value.spec or ():
+        for axis in axes:
+            split *= sizes[axis]
     return -(-value.size // split) * value.itemsize
 
 
@@ -66,7 +75,8 @@ def lay_out(program: Program, inputs: Sequence[Spec], outputs: Sequence[Spec | N
     inputs, outputs: layouts of arguments, and of those results for which one is prescribed.  sizes: of the mesh axes.
     weights: which arguments are parameters and what is shaped like them.
     """
-    _forget(program)
+    for value in program.values:  # layouts of an earlier call, on another mesh
+        value.spec = value.wanted = None
     layout = _Layout({axis: size for axis, size in sizes.items() if size > 1})
     for value, spec, weight in zip(program.inputs, inputs, weights, strict=True):
         value.spec, value.weight = layout.legal(spec, value.shape), weight
@@ -77,17 +87,6 @@ def lay_out(program: Program, inputs: Sequence[Spec], outputs: Sequence[Spec | N
     return layout.found
 
 
-def _forget(program: Program) -> None:
-    """Layouts of an earlier call, on another mesh."""
-    values = {*program.inputs, *program.outputs}
-    for op in program.ops:
-        values.update(op.inputs, op.outputs)
-        if op.body is not None:
-            _forget(op.body)
-    for value in values:
-        value.spec = value.wanted = None
-
-
 # ------------------------------------------------------------------------------------------- what readers end in
 def _want(program: Program) -> None:
     """Passes the layouts of results back through what does not change them: that is where gradients will lie."""
@@ -95,11 +94,10 @@ def _want(program: Program) -> None:
         if op.body is not None:
             _want_loop(op, op.body)
         for value in op.outputs:
-            if value.wanted is None:
-                continue
-            for operand in op.inputs:
-                if operand.wanted is None and operand.shape:
-                    operand.wanted = _backwards(op, operand, value)
+            if value.wanted is not None:
+                for operand in op.inputs:
+                    if operand.wanted is None and operand.shape:
+                        operand.wanted = _backwards(op, operand, value)
 
 
 def _want_loop(op: Op, body: Program) -> None:
@@ -114,6 +112,8 @@ def _want_loop(op: Op, body: Program) -> None:
 
 def _backwards(op: Op, operand: Value, result: Value) -> Spec | None:
     wanted = result.wanted
+    if op.name not in SPECIAL:
+        return wanted if op.body is None and operand.shape == result.shape else None
     if op.name == "transpose":
         order = op.params["permutation"]
         return tuple(wanted[order.index(i)] for i in range(len(order)))
@@ -125,6 +125,7 @@ def _backwards(op: Op, operand: Value, result: Value) -> Spec | None:
 
 
 # ------------------------------------------------------------------------------------------------------ layouts
+@functools.cache
 def _reshaped(spec: Spec, old: tuple[int, ...], new: tuple[int, ...]) -> Spec:
     """Layout after a reshape: what is split stays split, in the first dimension that its own becomes part of."""
     out: list[tuple[str, ...]] = [()] * len(new)
@@ -151,6 +152,7 @@ class _Layout:
         self.found: list[Collective] = []
         self.sums: dict[Value, Collective] = {}  # what is reduced everywhere, and by which collective
         self._gathered: set[tuple[Program, Value, tuple[str, ...]]] = set()
+        self._legal: dict[tuple[Spec, tuple[int, ...]], Spec] = {}
 
     def run(self, program: Program, times: int) -> None:
         self.program, self.times = program, times
@@ -158,15 +160,22 @@ class _Layout:
             if op.body is not None:
                 self.loop(op, op.body, program, times)
                 continue
+            weight = op.name in STRUCTURAL and all([x.weight for x in op.inputs])
+            if (spec := self.shared(op)) is not None:
+                value = op.outputs[0]
+                value.spec, value.weight = spec, weight
+                continue
             spec = self.result(op)
             for value in op.outputs:
                 value.spec = None if spec is None else self.legal(spec[: len(value.shape)], value.shape)
                 if op.name == "conv_general_dilated":
                     op.split = parts((axis for axes in value.spec or () for axis in axes), self.sizes)
-                value.weight = op.name in STRUCTURAL and all(x.weight for x in op.inputs)
+                value.weight = weight
 
     def legal(self, spec: Spec, shape: tuple[int, ...]) -> Spec:
         """Without axes that are not there, that do not divide, or that come twice."""
+        if (known := self._legal.get((spec, shape))) is not None:
+            return known
         seen: set[str] = set()
         out = []
         for axes, size in zip((*spec, *[()] * (len(shape) - len(spec))), shape, strict=True):
@@ -174,16 +183,28 @@ class _Layout:
             axes = axes if size % parts(axes, self.sizes) == 0 else ()
             seen.update(axes)
             out.append(axes)
-        return tuple(out)
+        self._legal[spec, shape] = tuple(out)
+        return self._legal[spec, shape]
 
     # -------------------------------------------------------------------------------------------- by operation
+    def shared(self, op: Op) -> Spec | None:
+        """Of an elementwise operation: the layout that all its operands have; most operations are that simple."""
+        if not op.alike or op.name in SPECIAL or len(op.outputs) > 1:
+            return None
+        spec = op.alike[0].spec
+        if spec is None or any([x.spec != spec for x in op.alike]):
+            return None
+        if op.name in ADDITIONS:
+            self.add_sums(op)
+        return spec
+
     def result(self, op: Op) -> Spec | None:
         name, inputs, out = op.name, op.inputs, op.outputs[0]
-        known = [x for x in inputs if x.spec is not None]
         if name == "dot_general":
             return self.product(op)
         if name == "sharding_constraint":
             return self.constrained(op)
+        known = [x for x in inputs if x.spec is not None]
         if not known:
             return out.wanted if inputs and inputs[0].shape != out.shape else None
         if name == "broadcast_in_dim":
@@ -216,9 +237,10 @@ class _Layout:
 
     def merged(self, op: Op, operands: list[Value]) -> Spec:
         """Of an elementwise operation: the layout of the operand that is most, to which the others are brought."""
-        if op.name in ("add", "add_any"):
+        if op.name in ADDITIONS:
             self.add_sums(op)
-        operands = sorted(operands, key=lambda x: (x.weight, -_origin(x).size))
+        if any(other.spec != operands[0].spec for other in operands):
+            operands = sorted(operands, key=lambda x: (x.weight, -_origin(x).size))
         spec = list(operands[0].spec)
         for other in operands[1:]:
             used = {axis for axes in spec for axis in axes}
@@ -296,7 +318,9 @@ class _Layout:
 
     def add_sums(self, op: Op) -> None:
         """Two sums that are only added are reduced once."""
-        first, second = (self.sums.get(_origin(x)) for x in op.inputs)
+        if not self.sums:
+            return
+        first, second = [self.sums.get(_origin(x)) for x in op.inputs]
         if first and second and first is not second and (first.axes, first.times) == (second.axes, second.times):
             self.found.remove(second)
             self.sums[op.outputs[0]] = first
@@ -341,8 +365,9 @@ class _Layout:
 def _chain(value: Value) -> list[Value]:
     """A value and what it is a reading of, back to where it was made."""
     chain = [value]
-    while chain[-1].producer is not None and chain[-1].producer.name in STRUCTURAL:
-        chain.append(chain[-1].producer.inputs[0])
+    while (op := value.producer) is not None and op.name in STRUCTURAL:
+        value = op.inputs[0]
+        chain.append(value)
     return chain
 
 

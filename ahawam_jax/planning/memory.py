@@ -8,7 +8,7 @@ so on. What a loop stacks up is an array of zeros from the very beginning, as XL
 """
 
 import dataclasses
-from collections import defaultdict
+import itertools
 from collections.abc import Mapping, Sequence
 
 from ahawam_jax.planning.layout import GATHER, SCATTER, Collective, local_bytes
@@ -31,71 +31,78 @@ class Peak:
     at: Op | None
 
 
-def temporaries(program: Program, collectives: Sequence[Collective], sizes: Mapping[str, int],
-                donated: int) -> Peak:  # fmt: skip
-    """The most that is alive at once, without arguments and without results that replace them.
+NOTHING = Peak(0, None)
 
-    donated: how many of the first results are written where the arguments lie.
+
+@dataclasses.dataclass(frozen=True)
+class Lives:
+    """When the arrays of one run of a program are in memory: the same on every mesh.
+
+    ops: in the order in which they run.  arrays: from which place in it to which.  places: of operations.  until: of a
+    value the place where it is read for the last time, also by way of what is only another reading of it.  bodies: of
+    loops, by place.
     """
-    by_op: dict[Op, list[Collective]] = defaultdict(list)
+
+    ops: list[Op]
+    arrays: list[tuple[Value, int, int]]
+    places: dict[Op, int]
+    until: dict[Value, int]
+    bodies: dict[int, "Lives"]
+
+
+def lives(program: Program, donated: int) -> Lives:
+    """donated: how many of the first results are written where the arguments lie."""
+    free = {*program.outputs[:donated]}  # values that take no memory of their own
+    ops = _order(program)
+    stored = _stored(program)
+    roots: dict[Value, frozenset[Value]] = {}
+    made: dict[Value, int] = {}  # stored values: the operation after which they are there
+    last: dict[Value, int] = {}
+    for at, op in enumerate(ops):
+        reads = frozenset[Value]().union(*[roots[value] for value in op.inputs if value in roots])
+        for value in op.outputs:
+            if value in stored:
+                early = op.body is not None and value not in op.outputs[: op.carries]
+                roots[value], made[value] = frozenset((value,)), 0 if early else at
+                last.update(dict.fromkeys(reads, at))
+                last[value] = at
+            elif reads:
+                roots[value] = reads
+    for value in program.outputs:
+        last.update(dict.fromkeys(roots.get(value, ()), len(ops)))
+    arrays = [(value, begin, last[value]) for value, begin in made.items() if value not in free]
+    bodies = {at: lives(op.body, op.carries) for at, op in enumerate(ops) if op.body is not None}
+    return Lives(ops, arrays, {op: at for at, op in enumerate(ops)}, _last_readers(ops), bodies)
+
+
+def temporaries(run: Lives, collectives: Sequence[Collective], sizes: Mapping[str, int]) -> Peak:
+    """The most that is alive at once, without arguments and without results that replace them."""
+    change = [0] * (len(run.ops) + 2)
+    for value, begin, end in run.arrays:
+        size = local_bytes(value, sizes)
+        change[begin] += size
+        change[end + 1] -= size
+    inside = {at: temporaries(body, collectives, sizes) for at, body in run.bodies.items()}
+    gathered: dict[Value, tuple[int, int]] = {}  # bytes, from when on
     for one in collectives:
-        by_op[one.op].append(one)
-    return _Memory(by_op, sizes).peak(program, {*program.outputs[:donated]})
-
-
-class _Memory:
-    def __init__(self, by_op: Mapping[Op, list[Collective]], sizes: Mapping[str, int]):
-        self.by_op, self.sizes = by_op, sizes
-
-    def peak(self, program: Program, free: set[Value]) -> Peak:
-        """Of one run of a program; `free`: values that take no memory of their own."""
-        program = Program(program.inputs, program.outputs, _order(program))
-        stored = _stored(program)
-        roots: dict[Value, frozenset[Value]] = {value: frozenset() for value in program.inputs}
-        made: dict[Value, int] = {}  # stored values: the operation after which they are there
-        last: dict[Value, int] = {}
-        buffers: dict[Value, tuple[int, int]] = {}  # gathered: bytes, from when on
-        for at, op in enumerate(program.ops):
-            reads = frozenset().union(*(roots.get(value, frozenset()) for value in op.inputs))
-            for value in op.outputs:
-                if value in stored:
-                    early = op.body is not None and value not in op.outputs[: op.carries]
-                    roots[value], made[value] = frozenset((value,)), 0 if early else at
-                    last.update(dict.fromkeys(reads, at))
-                    last[value] = at
-                else:
-                    roots[value] = reads
-            for one in self.by_op.get(op, ()):
-                if one.kind == GATHER:
-                    before = buffers.get(one.of, (0, at))
-                    buffers[one.of] = (before[0] + one.bytes, before[1])
-        for value in program.outputs:
-            for root in roots.get(value, ()):
-                last[root] = len(program.ops)
-        gathered = _readers(program, buffers)
-
-        change = [0] * (len(program.ops) + 2)
-        for value, begin in made.items():
-            if value not in free:
-                change[begin] += local_bytes(value, self.sizes)
-                change[last[value] + 1] -= local_bytes(value, self.sizes)
-        for value, (size, begin) in buffers.items():
-            change[begin] += size
-            change[gathered[value] + 1] -= size
-        alive, best = 0, Peak(0, None)
-        for at, op in enumerate(program.ops):
-            alive += change[at]
-            inside = self.inside(op)
-            if alive + inside.bytes > best.bytes:
-                best = Peak(alive + inside.bytes, inside.at or op)
-        return best
-
-    def inside(self, op: Op) -> Peak:
-        """What an operation needs while it runs."""
-        if op.body is not None:
-            return self.peak(op.body, {*op.body.outputs[: op.carries]})  # written where the carry lies
-        scattered = (one for one in self.by_op.get(op, ()) if one.kind == SCATTER)
-        return Peak(max((one.bytes for one in scattered), default=0), op)
+        if (at := run.places.get(one.op)) is None:
+            continue
+        if one.kind == GATHER:
+            size, begin = gathered.get(one.of, (0, at))
+            gathered[one.of] = (size + one.bytes, min(begin, at))
+        elif one.kind == SCATTER and one.bytes > inside.get(at, NOTHING).bytes:
+            inside[at] = Peak(one.bytes, one.op)
+    for value, (size, begin) in gathered.items():
+        change[begin] += size
+        change[run.until[value] + 1] -= size
+    alive = list(itertools.accumulate(change[: len(run.ops)]))
+    for at, more in inside.items():  # what an operation needs while it runs
+        alive[at] += more.bytes
+    most = max(alive, default=0)
+    if most <= 0:
+        return NOTHING
+    at = alive.index(most)
+    return Peak(most, inside.get(at, NOTHING).at or run.ops[at])
 
 
 def _order(program: Program) -> list[Op]:
@@ -120,14 +127,14 @@ def _stored(program: Program) -> set[Value]:
     return stored
 
 
-def _readers(program: Program, values: Mapping[Value, object]) -> dict[Value, int]:
-    """When each of the values is read for the last time, also by way of what is only another reading of it."""
-    made_of: dict[Value, Value] = {value: value for value in values}
-    last: dict[Value, int] = {}
-    for at, op in enumerate(program.ops):
+def _last_readers(ops: Sequence[Op]) -> dict[Value, int]:
+    """When each value is read for the last time, also by way of what is only another reading of it."""
+    until: dict[Value, int] = {}
+    for at in reversed(range(len(ops))):
+        op = ops[at]
+        end = at
+        if op.name not in IN_MEMORY and op.name not in REDUCED and len(op.inputs) == 1:
+            end = max([at, *[until.get(value, at) for value in op.outputs]])
         for value in op.inputs:
-            if value in made_of:
-                last[made_of[value]] = at
-        if op.name not in IN_MEMORY and op.name not in REDUCED and len(op.inputs) == 1 and op.inputs[0] in made_of:
-            made_of.update(dict.fromkeys(op.outputs, made_of[op.inputs[0]]))
-    return last
+            until[value] = max(until.get(value, end), end)
+    return until

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from ahawam_jax.inference.programs import abstract_arguments, make_programs, tokens_of
 from ahawam_jax.models.aha_wam import resident_params
+from ahawam_jax.models.attention import ABSENT_GPU, attention_of
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.models.deployment import abstract_deployed
 from ahawam_jax.planning.compiling import absent_devices, with_compilers
@@ -62,12 +63,14 @@ def _compile(config: ConfigDict, cluster: Cluster, steps: Sequence[int], episode
 
     def compiled(name: str, function: Any, given: Any) -> list[Kernel]:
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), given)
-        text = function.lower(*placed).compile().as_text()
+        with attention_of(ABSENT_GPU):
+            text = function.lower(*placed).compile().as_text()
         progress.add(name, 1)
         return kernels(text)
 
     def of_steps(count: int) -> Any:
-        return abstract_arguments(model, abstract_deployed(model, count), tower, size, text)
+        committed = config.objective.get("max_delay", 0) > 0
+        return abstract_arguments(model, abstract_deployed(model, count, committed), tower, size, text)
 
     one = of_steps(1)
     seen = compiled("encoding", programs.encode, one.encode)

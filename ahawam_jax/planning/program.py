@@ -1,6 +1,9 @@
 """A jaxpr as operations to walk: calls inlined, what nobody reads removed, loops with a body of their own."""
 
 import dataclasses
+import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,12 +13,13 @@ from jax.extend import core
 Spec = tuple[tuple[str, ...], ...]  # of every dimension the mesh axes over which it is split
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Value:
     """An array between two operations.
 
-    spec: how it is laid out, None until that is known (anything would do).  wanted: the layout that its readers end
-    in, where it has one.  weight: it holds parameters, or state made like them, and nothing else.
+    size: entries of the whole array.  spec: how it is laid out, None until that is known (anything would do).
+    wanted: the layout that its readers end in, where it has one.  weight: it holds parameters, or state made like
+    them, and nothing else.
     """
 
     shape: tuple[int, ...]
@@ -24,24 +28,29 @@ class Value:
     spec: Spec | None = None
     wanted: Spec | None = None
     weight: bool = False
+    size: int = dataclasses.field(init=False)
 
-    @property
-    def size(self) -> int:
-        """Entries of the whole array."""
-        return int(np.prod(self.shape))
+    def __post_init__(self) -> None:
+        self.size = math.prod(self.shape)
 
     @property
     def itemsize(self) -> int:
         """Bytes of an entry; keys of random numbers are two words."""
-        return 8 if jax.dtypes.issubdtype(self.dtype, jax.dtypes.prng_key) else np.dtype(self.dtype).itemsize
+        return _itemsize(self.dtype)
 
 
-@dataclasses.dataclass(eq=False)
+@functools.cache
+def _itemsize(dtype: Any) -> int:
+    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize
+
+
+@dataclasses.dataclass(eq=False, slots=True)
 class Op:
     """One equation.
 
     scope: the names of the modules and transformations it stands in.  body: of a scan, whose inputs are the scan's:
-    constants, carry, one slice of each scanned array.  split: among how many devices its work is divided.
+    constants, carry, one slice of each scanned array.  split: among how many devices its work is divided.  alike:
+    operands of the first result's shape.
     """
 
     name: str
@@ -51,6 +60,10 @@ class Op:
     scope: str
     body: "Program | None" = None
     split: int = 1
+    alike: list[Value] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.alike = [value for value in self.inputs if value.shape == self.outputs[0].shape] if self.outputs else []
 
     @property
     def times(self) -> int:
@@ -76,12 +89,80 @@ class Program:
     outputs: list[Value]
     ops: list[Op]
 
+    @functools.cached_property
+    def values(self) -> list[Value]:
+        """All values, those of bodies too; asked when the program is as it will stay."""
+        found = dict.fromkeys((*self.inputs, *self.outputs))
+        for op in self.ops:
+            found |= dict.fromkeys((*op.inputs, *op.outputs, *(op.body.values if op.body is not None else ())))
+        return [*found]
+
 
 def read(closed: core.ClosedJaxpr) -> Program:
     """The program of a jaxpr, without what does not contribute to its results."""
     program = _program(closed, "")
-    _prune(program)
+    prune(program)
     return program
+
+
+def resized(program: Program, sizes: Mapping[int, int]) -> Program:
+    """A copy where every dimension and length of a loop that is a multiple of a key is that multiple of its value.
+
+    A loop that comes to run once is replaced by its body; it must be one that carries sums, beginning at zero.
+    """
+    inputs = [_resized(value, sizes) for value in program.inputs]
+    copied = Program(inputs, [], [])
+    copied.outputs = _copy(program, inputs, sizes, copied.ops)
+    return copied
+
+
+def _size(number: int, sizes: Mapping[int, int]) -> int:
+    for old, new in sizes.items():
+        if number % old == 0:
+            number = number // old * new
+    return number
+
+
+def _resized(value: Value, sizes: Mapping[int, int]) -> Value:
+    return Value(tuple(_size(number, sizes) for number in value.shape), value.dtype)
+
+
+def _copy(program: Program, inputs: list[Value], sizes: Mapping[int, int], ops: list[Op],
+          zeros: frozenset[Value] = frozenset()) -> list[Value]:  # fmt: skip
+    """Appends a program's operations, of other sizes; returns its results. zeros: inputs that are 0."""
+    known = dict(zip(program.inputs, inputs, strict=True))
+
+    def get(value: Value) -> Value:
+        if value not in known:  # a number in the text
+            known[value] = _resized(value, sizes)
+        return known[value]
+
+    def add(name: str, params: dict[str, Any], given: list[Value], results: list[Value], scope: str) -> Op:
+        op = Op(name, params, given, results, scope)
+        for value in results:
+            value.producer = op
+        ops.append(op)
+        return op
+
+    for op in program.ops:
+        given, results = [get(value) for value in op.inputs], [_resized(value, sizes) for value in op.outputs]
+        if op.name == "add" and given[0] in zeros:
+            results = given[1:]
+        elif op.body is None:
+            add(op.name, op.params, given, results, op.scope)
+        elif (times := _size(op.times, sizes)) == 1 != op.times:
+            held = op.constants + op.carries
+            slices = [Value(value.shape[1:], value.dtype) for value in given[held:]]
+            for stacked, one in zip(given[held:], slices, strict=True):
+                add("reshape", {}, [stacked], [one], op.scope)
+            left = _copy(op.body, given[:held] + slices, sizes, ops, frozenset(given[op.constants : held]))
+            results[: op.carries] = left[: op.carries]
+            for one, stacked in zip(left[op.carries :], results[op.carries :], strict=True):
+                add("reshape", {}, [one], [stacked], op.scope)
+        else:
+            add(op.name, op.params | {"length": times}, given, results, op.scope).body = resized(op.body, sizes)
+        known |= zip(op.outputs, results, strict=True)
+    return [get(value) for value in program.outputs]
 
 
 def _value(atom: Any) -> Value:
@@ -138,7 +219,7 @@ def _called(name: str, params: dict[str, Any]) -> Any:
     return next((params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params), None)
 
 
-def _prune(program: Program) -> None:
+def prune(program: Program) -> None:
     """Removes operations, and of loops also results and carried values, that nobody reads."""
     live, kept = {*program.outputs}, []
     for op in reversed(program.ops):
@@ -162,7 +243,7 @@ def _prune_loop(op: Op, body: Program, live: set[Value]) -> None:
         if carried == read[:count]:
             break
         read[:count] = carried
-    _prune(body)
+    prune(body)
     keep = [value in needed for value in body.inputs]
     keep[first : first + count] = read[:count]
     op.outputs = [value for value, needed in zip(op.outputs, read, strict=True) if needed]

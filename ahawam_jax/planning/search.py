@@ -8,45 +8,92 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from ahawam_jax.planning.devices import Cluster
-from ahawam_jax.planning.estimate import Estimate, assess
-from ahawam_jax.planning.program import read
-from ahawam_jax.planning.subject import abstract_mesh, make_subject, trace
+from ahawam_jax.planning.estimate import Estimate, Place, Work, assess, held
+from ahawam_jax.planning.program import Program, read, resized
+from ahawam_jax.planning.splicing import spliced
+from ahawam_jax.planning.subject import Subject, abstract_mesh, make_subject, trace, without_collector
 from data_pipelines.progress import Progress
 
 MICROBATCHES = (1, 2, 4, 8)
 # From what takes most memory to what takes most arithmetic; a component that has its own policy is named.
 REMATS = ("none", "dots", "full, executor=none, router=none", "full, router=none", "full, executor=none", "full")
+# Samples of a microbatch and microbatches of a step that is traced once for all numbers of them: primes of which no
+# other dimension is a multiple, so that theirs can be told.
+ROWS, COUNT = 1009, 1013
 
 
 def search(config: ConfigDict, cluster: Cluster) -> list[Estimate]:
     """Layouts of the cluster's devices that fit its memory, by expected time.
 
     Of a mesh and a number of microbatches it is the remat that computes least again, and of more microbatches, which
-    gather weights more often, only what computes less again than fewer can.
+    gather weights more often, only what computes less again than fewer can. The step is traced once for every policy
+    of remat; what else changes changes sizes alone, or which of these traces the loop over a component's layers is of.
     """
+    with without_collector():
+        return _search(config, cluster)
+
+
+def _search(config: ConfigDict, cluster: Cluster) -> list[Estimate]:
     found = []
-    least = dict.fromkeys(_meshes(cluster, config), len(REMATS))  # place in REMATS of what fits, by mesh
-    progress = Progress(len(MICROBATCHES) * len(REMATS) * len(least), "layouts")
-    for accumulate, (place, remat) in itertools.product(MICROBATCHES, enumerate(REMATS)):
-        changed = copy.deepcopy(config)
-        changed.model.remat, changed.optimizer.accumulate = remat, accumulate
+    whole = make_subject(config, abstract_mesh((1, 1, 1)))
+    size = config.data.batch_size
+    meshes = [sizes for sizes in _meshes(cluster, config) if size % (sizes[0] * sizes[1]) == 0]
+    if not meshes:
+        raise ValueError(
+            f"config.data.batch_size {size} divides among the devices of no mesh of {cluster.devices}; give a "
+            f"multiple of {cluster.devices}."
+        )
+    places = {sizes: whole.on(abstract_mesh(sizes)) for sizes in meshes}
+    places = {sizes: Place.of(subject) for sizes, subject in places.items() if held(subject) <= cluster.usable}
+    if not places:
+        return []
+    least = dict.fromkeys(places, len(REMATS))  # place in REMATS of what fits, by mesh
+    programs = Programs(whole)
+    progress = Progress(len(MICROBATCHES) * len(REMATS) * len(places), "layouts")
+    for accumulate, (rank, remat) in itertools.product(MICROBATCHES, enumerate(REMATS)):
         left = [
-            sizes for sizes in least
-            if place < least[sizes] and config.data.batch_size % (sizes[0] * sizes[1] * accumulate) == 0
+            sizes for sizes in places
+            if rank < least[sizes] and size % (sizes[0] * sizes[1] * accumulate) == 0
         ]  # fmt: skip
-        progress.add(f"remat {remat}, {accumulate} microbatches", len(least) - len(left))
+        progress.add(f"remat {remat}, {accumulate} microbatches", len(places) - len(left))
         if not left:
             continue
-        # Where rows are split most, no constraint loses its axes for being of size 1: the program is that of any mesh.
-        subject = make_subject(changed, abstract_mesh(max(left, key=lambda sizes: sizes[0] * sizes[1])))
-        program = read(trace(subject))
+        subject = varied(whole, remat, size, accumulate)
+        work = Work.of(resized(programs[remat], {ROWS: size // accumulate, COUNT: accumulate}), whole)
         for sizes in left:
-            one = assess(subject.on(abstract_mesh(sizes)), dataclasses.replace(cluster, sizes=sizes), program)
+            place = dataclasses.replace(places[sizes], subject=places[sizes].subject.like(subject))
+            one = assess(place, dataclasses.replace(cluster, sizes=sizes), work)
             progress.add("x".join(map(str, sizes)), 1)
             if one.fits:
                 found.append(one)
-                least[sizes] = place
+                least[sizes] = rank
     return sorted(found, key=lambda one: (one.seconds, one.memory))
+
+
+class Programs(dict[str, Program]):
+    """Of a step with ROWS samples in each of COUNT microbatches, by remat.
+
+    One with a policy of its own for a component is put together from those that have one policy for all.
+    """
+
+    def __init__(self, subject: Subject):
+        super().__init__()
+        self.subject = subject
+
+    def __missing__(self, remat: str) -> Program:
+        policy, *own = remat.split(", ")
+        program = self[policy] if own else None
+        for component, other in (part.split("=") for part in own):
+            program = program and spliced(program, self[other], component)
+        self[remat] = program or read(trace(varied(self.subject, remat, ROWS * COUNT, COUNT)))
+        return self[remat]
+
+
+def varied(subject: Subject, remat: str, batch: int, accumulate: int) -> Subject:
+    """The same step with other remat, batch and number of microbatches."""
+    config = copy.deepcopy(subject.config)
+    config.model.remat, config.data.batch_size, config.optimizer.accumulate = remat, batch, accumulate
+    return make_subject(config, subject.mesh, subject.boxed)
 
 
 def _meshes(cluster: Cluster, config: ConfigDict) -> Iterator[tuple[int, int, int]]:

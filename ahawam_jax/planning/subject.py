@@ -1,7 +1,9 @@
 """The training step of a configuration on a mesh that need not exist: the real function, with abstract arguments."""
 
 import dataclasses
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ from ahawam_jax.towers.building import abstract_text, abstract_video_tower
 from ahawam_jax.towers.latents import make_canvas, make_windows
 from ahawam_jax.towers.stand_ins import BlockTransform
 from ahawam_jax.training import sharding
-from ahawam_jax.training.objective import ObjectiveConfig
+from ahawam_jax.training.distillation import Distillation, objective_of
 from ahawam_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ahawam_jax.training.step import Batch, create_state, make_train_step
 
@@ -45,8 +47,12 @@ class Subject:
         """The same step on another mesh."""
         _, batch, tower, key = self.arguments
         arguments, layout = _place(self.boxed, batch, tower, key, mesh)
-        _check_batch(self.config, mesh)
+        sharding.check_batch(self.config.data.batch_size, mesh, self.config.optimizer.accumulate)
         return dataclasses.replace(self, mesh=mesh, arguments=arguments, layout=layout)
+
+    def like(self, other: "Subject") -> "Subject":
+        """The step of another subject, whose arguments are the same, on this mesh."""
+        return dataclasses.replace(self, config=other.config, model=other.model, function=other.function)
 
     @property
     def state(self) -> Any:
@@ -72,29 +78,39 @@ def abstract_mesh(sizes: tuple[int, int, int]) -> AbstractMesh:
 
 def default_mesh(config: ConfigDict, device: Device, hosts: int) -> tuple[int, int, int]:
     """What config.mesh is on hosts full of a device. Raises ValueError where it does not fit."""
-    state = sharding.state_size(_training(config)[-1])
+    state = sharding.state_size(_state(config))
     return sharding.mesh_shape(config.mesh, hosts, device.per_host, state, device.memory)
 
 
-def make_subject(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Subject:
+def make_subject(config: ConfigDict, mesh: Mesh | AbstractMesh, boxed: Any = None) -> Subject:
     """The step that `ahawam train` would run with this config on this mesh.
 
+    boxed: of a Subject whose state is the same, as it is with another batch, remat or number of microbatches.
     Raises ValueError where the batch does not divide among the devices, and for fields that fit no model.
     """
-    net, optimizer, tx, boxed = _training(config)
-    _check_batch(config, mesh)
-    step = make_train_step(net, tx, ObjectiveConfig(**config.objective), optimizer)
+    net, optimizer, tx = _training(config)
+    sharding.check_batch(config.data.batch_size, mesh, optimizer.accumulate)
+    boxed = _state(config) if boxed is None else boxed
+    step = make_train_step(net, tx, objective_of(config), optimizer)
     model, key = net.config, jax.eval_shape(lambda: jax.random.key(0))
     arguments, layout = _place(boxed, _batch(config, model), _tower(config, model), key, mesh)
     return Subject(config, model, mesh, step, boxed, arguments, layout)
 
 
-def _training(config: ConfigDict) -> tuple[AhaWam, OptimizerConfig, optax.GradientTransformation, Any]:
-    """Model, optimizer, its update rule and the abstract state with logical axes."""
+def _training(config: ConfigDict) -> tuple[AhaWam, OptimizerConfig, optax.GradientTransformation]:
+    """Model, optimizer and its update rule."""
+    if config.train.steps < 0:
+        raise ValueError(f"config.train.steps is {config.train.steps}, expected at least 1, or 0 where epochs count.")
     net, optimizer = AhaWam(ModelConfig.create(config.model)), OptimizerConfig(**config.optimizer)
-    tx = make_optimizer(optimizer, config.train.steps or NOMINAL_STEPS)
-    boxed = jax.eval_shape(lambda: create_state(net, tx, jax.random.key(0), optimizer.ema_decay > 0, optimizer))
-    return net, optimizer, tx, boxed
+    return net, optimizer, make_optimizer(optimizer, config.train.steps or NOMINAL_STEPS)
+
+
+def _state(config: ConfigDict) -> Any:
+    """The abstract state with logical axes."""
+    net, optimizer, tx = _training(config)
+    distilled, ema = isinstance(objective_of(config), Distillation), optimizer.ema_decay > 0
+    with without_collector():
+        return jax.eval_shape(lambda: create_state(net, tx, jax.random.key(0), ema, optimizer, distilled))
 
 
 def trace(subject: Subject) -> Any:
@@ -102,17 +118,20 @@ def trace(subject: Subject) -> Any:
 
     With attention in its plain form, whatever this machine has: its products can be counted, those in a kernel cannot.
     """
-    with sharding.activation_rules(subject.mesh), attention_of("cpu"):
+    with without_collector(), sharding.activation_rules(subject.mesh), attention_of("cpu"):
         return jax.make_jaxpr(subject.function)(*subject.arguments)
 
 
-def _check_batch(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
-    if config.data.batch_size % parts:
-        raise ValueError(
-            f"config.data.batch_size {config.data.batch_size} must be a multiple of mesh data * fsdp * accumulate = "
-            f"{parts}."
-        )
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Inside, nobody looks for what could be freed: a trace only grows, and looking would take half of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _place(boxed: Any, batch: Any, tower: Any, key: Any, mesh: Mesh | AbstractMesh) -> tuple[tuple[Any, ...], Any]:
@@ -149,6 +168,8 @@ def _batch(config: ConfigDict, model: ModelConfig) -> dict[str, jax.ShapeDtypeSt
             "observations": array(jnp.uint8, windows.chunks, *canvas.size, 3),
             "history": array(jnp.uint8, history, *canvas.size, 3),
         }
+    if not history:
+        pictures = {name: x for name, x in pictures.items() if not name.startswith("history")}
     if clips:
         pictures["input_latents"] = array(jnp.float16, channels, clip, *grid)
     return pictures | {

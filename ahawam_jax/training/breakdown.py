@@ -31,7 +31,7 @@ class SampleLosses:
     video_error: jax.Array  # [B]
     video_kept: jax.Array  # bool [B], false where all future frames are padding
     action_error: jax.Array  # [draws, B, C]
-    action_kept: jax.Array  # bool [B, C]
+    action_kept: jax.Array  # bool [B, C], or [draws, B, C] where each draw has its own committed actions
 
 
 def names(robots: Sequence[str]) -> list[str]:

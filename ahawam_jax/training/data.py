@@ -1,10 +1,11 @@
 """The data of a run, from its config: one dataset, or the mixture that a subset file names."""
 
 import dataclasses
+import functools
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -15,12 +16,13 @@ from ahawam_jax.towers.building import TextTower, VideoTower, fingerprint
 from ahawam_jax.towers.latents import latent_folders, make_canvas, make_windows
 from ahawam_jax.training import sharding
 from ahawam_jax.training.resuming import Record, accept
+from data_pipelines.augmentation import Augmentation
 from data_pipelines.caches.frame_cache import DecodingFrames, Frames, open_frames
 from data_pipelines.caches.keys import pictures_key
 from data_pipelines.caches.latent_cache import CachedLatents, Latents
 from data_pipelines.episodes import Episodes
 from data_pipelines.fingerprint import changes, describe, hold_out, pair
-from data_pipelines.loader import Source, instructions
+from data_pipelines.loader import Batch, Source, instructions
 from data_pipelines.normalization import Normalization
 from data_pipelines.readers.subset import Part, embodiment_of, open_datasets
 from data_pipelines.statistics import Statistics, compute_by_robot, pick_robot, to_lists
@@ -40,6 +42,7 @@ class Data:
     text_tower: TextTower
     robot: np.ndarray  # int32 [I], of every text, its place among `robots`
     robots: list[str]  # of a mixture of robots; of one alone, none
+    augment: Callable[[Batch, list[tuple[int, ...]]], None] | None = None  # of training batches, see `make_loader`
 
     @property
     def sums(self) -> dict[str, str]:
@@ -75,13 +78,15 @@ def open_frames_of(dataset: Episodes, config: ConfigDict) -> Frames:
 
 def open_data(
     config: ConfigDict, model: ModelConfig, text_tower: TextTower, video_tower: VideoTower,
-    before: Record | None = None, accepted: bool = False,
+    before: Record | None = None, accepted: bool = False, teacher: Record | None = None,
 ) -> Data:  # fmt: skip
     """Opens config.data and checks that it fits the model; every misfit is one sentence.
 
     before: the record of the run that goes on; its statistics and held-out episodes stay. Whatever else has changed
     since then is a ValueError, unless `accepted`.
+    teacher: the record of a policy whose statistics a run takes, since it is to act in the same units.
     """
+    augment = _augment(config)
     parts, canvas, count = open_datasets(config.data.path), make_canvas(config), config.data.validation_episodes
     for part in parts:
         part.dataset.require_cameras(canvas.cameras)
@@ -95,7 +100,7 @@ def open_data(
     sums = {text: _sum(*text_tower.tokens(text)) for text in words}
     mark = fingerprint(video_tower)
     record = _record(described, sums, mark, before, accepted)
-    statistics = _statistics([part.dataset for part in parts], config, before)
+    statistics = _statistics([part.dataset for part in parts], config, before, teacher)
     record["statistics"] = to_lists(statistics)
     record["robots"] = _embodiments(parts)
 
@@ -118,8 +123,18 @@ def open_data(
     robot = [robots.index(source.dataset.robot) for source in train for _ in source.dataset.instructions]
     return Data(
         train, validation, windows, statistics, record, instructions(train), text_tower, np.array(robot, np.int32),
-        robots if len(robots) > 1 else [],
+        robots if len(robots) > 1 else [], augment,
     )  # fmt: skip
+
+
+def _augment(config: ConfigDict) -> Callable[[Batch, list[tuple[int, ...]]], None] | None:
+    how = Augmentation(**config.data.augmentation)
+    if how and config.data.latents:
+        raise ValueError(
+            f"config.data.augmentation is {how}, but config.data.latents, {config.data.latents}, holds what unchanged "
+            "pictures were encoded to: set all of augmentation to 0, or latents to '', which encodes while training."
+        )
+    return functools.partial(how.apply, canvas=make_canvas(config)) if how else None
 
 
 def _record(
@@ -139,8 +154,13 @@ def _record(
     return record
 
 
-def _statistics(datasets: list[Episodes], config: ConfigDict, before: Record | None) -> dict[str, Statistics]:
-    """By robot: those of the run that goes on, and of robots that it did not have."""
+def _statistics(
+    datasets: list[Episodes], config: ConfigDict, before: Record | None, teacher: Record | None
+) -> dict[str, Statistics]:
+    """By robot: those of the run that goes on, and of robots that it did not have; a teacher's has all it can do."""
+    if teacher:
+        known = teacher["statistics"]  # an import's are of its one robot, by no name
+        return {of.robot: pick_robot(known, None if list(known) == [""] else of.robot) for of in datasets}
     kept = {robot: pick_robot(before["statistics"], robot) for robot in before["statistics"]} if before else {}
     how = Normalization(**config.data.normalization, clip=config.data.clip)
     return kept | compute_by_robot([dataset for dataset in datasets if dataset.robot not in kept], how)

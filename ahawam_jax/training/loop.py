@@ -23,24 +23,23 @@ from ahawam_jax.training.adapters import without_adapters
 from ahawam_jax.training.breakdown import names
 from ahawam_jax.training.crash import leaves_behind
 from ahawam_jax.training.data import Data, open_data
+from ahawam_jax.training.distillation import Distillation, executor_of, objective_of, read_teacher
 from ahawam_jax.training.goodput import Goodput
+from ahawam_jax.training.host_memory import give_back, trim
 from ahawam_jax.training.in_order import in_order
 from ahawam_jax.training.metrics import PLAIN, Log, Monitoring, Wandb
-from ahawam_jax.training.objective import ObjectiveConfig
 from ahawam_jax.training.optimizer import OptimizerConfig, join, learning_rate, make_optimizer
 from ahawam_jax.training.profiling import Profile
 from ahawam_jax.training.resuming import check_config, check_length, read_record, steps_of, write_config
 from ahawam_jax.training.step import TrainState, create_state, make_train_step
 from ahawam_jax.training.stopping import Interrupted, Requests, others_may_be_lost, with_votes
-from ahawam_jax.training.validation import make_open_loop_error
+from ahawam_jax.training.validation import ERROR, Validation, describe
 from ahawam_jax.training.watch import Watch, tell_skipped
-from data_pipelines.loader import evaluation_batches, make_loader
+from data_pipelines.loader import make_loader
 from data_pipelines.ownership import Owner
 from data_pipelines.paths import local_path, refuse_addresses
 from data_pipelines.progress import StatusLine, clock, say
 from data_pipelines.statistics import describe_losses
-
-VALIDATION_BATCHES = 4
 
 
 def train(
@@ -69,24 +68,21 @@ def _train(
     goodput: Goodput,
 ) -> float:  # fmt: skip
     model = AhaWam(ModelConfig.create(config.model))
-    objective, optimizer = ObjectiveConfig(**config.objective), OptimizerConfig(**config.optimizer)
+    objective, optimizer = objective_of(config), OptimizerConfig(**config.optimizer)
+    distilled = isinstance(objective, Distillation)
     with hosts.together():
         # On one host -1 needs no size.
-        size = state_bytes(model, optimizer) if jax.process_count() > 1 else 0
+        size = state_bytes(model, optimizer, distilled) if jax.process_count() > 1 else 0
         mesh = sharding.make_mesh(config.mesh, state_bytes=size)
-        rows = mesh.shape["data"] * mesh.shape["fsdp"] * optimizer.accumulate
-        if config.data.batch_size % rows:
-            raise ValueError(
-                f"config.data.batch_size {config.data.batch_size} must be a multiple of mesh data * fsdp * accumulate "
-                f"= {rows}."
-            )
+        sharding.check_batch(config.data.batch_size, mesh, optimizer.accumulate)
         tower = build_video_tower(config.towers, model.config, sharding.replicated(mesh))
         checkpoints = Checkpoints(workdir, Keep(config.train.keep, config.train.keep_every, config.train.keep_best))
         before = read_record(checkpoints)
         if before:
             check_config(before, config, workdir)
         text_tower = build_text_tower(config.towers, model.config)
-        data = open_data(config, model.config, text_tower, tower, before, accept_changed_data)
+        teacher = read_teacher(config) if distilled and not before else None
+        data = open_data(config, model.config, text_tower, tower, before, accept_changed_data, teacher)
         asked = json.loads(config.to_json())
         config = config.copy_and_resolve_references()
         windows = sum(source.rows for source in data.train)
@@ -100,17 +96,17 @@ def _train(
     tx = make_optimizer(optimizer, config.train.steps)
     key = jax.random.key(config.seed)
     ema = optimizer.ema_decay > 0
-    state, layout = initial_state(model, tx, key, ema, mesh, checkpoints, config.init, optimizer)
+    state, layout = initial_state(model, tx, key, ema, mesh, checkpoints, config.init, optimizer, distilled)
     start = int(state.step)
     run = {"config": asked, "steps": config.train.steps, **data.record}
     step_fn = jax.jit(
         in_order(with_votes(make_train_step(model, tx, objective, optimizer, data.robots))), donate_argnums=0,
         out_shardings=(layout, sharding.replicated(mesh), sharding.replicated(mesh)),
     )  # fmt: skip
-    open_loop_error = make_open_loop_error(model, config.policy.steps, objective.shift)
+    validate = Validation(model, objective, config, data, mesh, tower)
     places = sharding.batch_rows(mesh, config.data.batch_size)
     loader = make_loader(
-        data.train, data.windows, config.data.batch_size, config.seed, places, start, config.data.workers
+        data.train, data.windows, config.data.batch_size, config.seed, places, start, config.data.workers, data.augment
     )
     schedule = learning_rate(optimizer, config.train.steps)
     first = jax.process_index() == 0
@@ -147,7 +143,7 @@ def _train(
         sharding.activation_rules(mesh), Requests(config.train.checkpoint_minutes) as requests,
     ):  # fmt: skip
         if start == config.train.steps:  # nothing left to train: a demo that was stopped later still reports it
-            error = _validate(config, data, state, mesh, open_loop_error, tower)
+            error = validate(state)[ERROR]
         for step in range(start + 1, config.train.steps + 1):
             last = step == config.train.steps
             profile.before(step)
@@ -158,6 +154,7 @@ def _train(
                 votes = requests.votes(mesh)
                 if step == start + 1:
                     step_fn = hosts.compile_together(step_fn, state, batch, tower, key, votes)
+                    give_back()
                 state, metrics, request = step_fn(state, batch, tower, key, votes)
             goodput.step(metrics)
             profile.after(step, metrics)
@@ -174,9 +171,11 @@ def _train(
             validated = step % config.train.validate_every == 0 or last
             if validated:
                 with goodput.spent("validation"):
-                    error = _validate(config, data, state, mesh, open_loop_error, tower)
-                log.scalars(step, {"open_loop_error": error})
-                say(f"step {step}: open-loop error {error:.4f} in normalised units")
+                    scores = validate(state)
+                    trim()  # what compiling it left, the first time
+                log.scalars(step, scores)
+                say(f"step {step}: {describe(scores)}")
+                error = scores[ERROR]
             to_save |= step % config.train.checkpoint_every == 0 or last or watch.stop or watch.save
             if to_save:
                 watch.catch_up()
@@ -193,52 +192,44 @@ def _train(
     return error
 
 
-def state_bytes(model: AhaWam, optimizer: OptimizerConfig) -> int:
+def state_bytes(model: AhaWam, optimizer: OptimizerConfig, distilled: bool = False) -> int:
     """Of a whole train state."""
     tx, key, ema = make_optimizer(optimizer, 1), jax.random.key(0), optimizer.ema_decay > 0
-    return sharding.state_size(jax.eval_shape(lambda: create_state(model, tx, key, ema, optimizer)))
+    return sharding.state_size(jax.eval_shape(lambda: create_state(model, tx, key, ema, optimizer, distilled)))
 
 
 def initial_state(
     model: AhaWam, tx: Any, key: jax.Array, ema: bool, mesh: jax.sharding.Mesh, checkpoints: Checkpoints,
-    start_from: str = "", lora: OptimizerConfig | None = None,
+    start_from: str = "", lora: OptimizerConfig | None = None, distilled: bool = False,
 ) -> tuple[TrainState, Any]:  # fmt: skip
     """The newest checkpoint's state, or a fresh one, made sharded; and its shardings.
 
     start_from: a workdir or checkpoint step whose deployed parameters a fresh state begins with (config.init).
-    lora: where adapters are described, if at all.
+    lora: where adapters are described, if at all.  distilled: keeps the executor that it starts with, as teacher.
     """
-    boxed = jax.eval_shape(lambda: create_state(model, tx, key, ema, lora))
+    boxed = jax.eval_shape(lambda: create_state(model, tx, key, ema, lora, distilled))
     layout, like = sharding.shardings(boxed, mesh), sharding.abstract(boxed, mesh)
     if checkpoints.latest is not None:
         return checkpoints.restore_state(checkpoints.latest, like), layout
-    create = jax.jit(lambda: nn.unbox(create_state(model, tx, key, ema, lora)), out_shardings=layout)
+    create = jax.jit(lambda: nn.unbox(create_state(model, tx, key, ema, lora, distilled)), out_shardings=layout)
     state = create()
     if start_from:
         _, adapters = without_adapters(state.params)
-        state = state.replace(params=None, ema=None)  # their memory is needed
+        state = state.replace(params=None, ema=None, teacher=None)  # their memory is needed
         workdir, step = find_step(start_from)
         source = Checkpoints(workdir)
-        params = join(source.restore_params(step, without_adapters(like.params)[0]), adapters)
+        own = source.restore_params(step, without_adapters(like.params)[0])
+        params = join(own, adapters)
         source.close()
-        average = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=layout.ema)(params) if ema else None
-        state = state.replace(params=params, ema=average)
+
+        def copied(tree: Any, shardings: Any) -> Any:
+            return jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings)(tree)
+
+        state = state.replace(
+            params=params, ema=copied(params, layout.ema) if ema else None,
+            teacher=copied(executor_of(own), layout.teacher) if distilled else None,
+        )  # fmt: skip
     return state, layout
-
-
-def _validate(config, data, state, mesh, open_loop_error, tower) -> float:
-    """Mean absolute error of sampled chunks on held-out episodes, in normalised units."""
-    if not data.validation:
-        return float("nan")
-    params = state.deploy
-    size = config.data.batch_size
-    count = min(VALIDATION_BATCHES, sum(source.rows for source in data.validation) // size)
-    batches = evaluation_batches(data.validation, data.windows, size, count, sharding.batch_rows(mesh, size))
-    errors = [
-        open_loop_error(params, data.put(batch, mesh), tower, jax.random.key(i))
-        for i, batch in enumerate(batches)
-    ]
-    return float(jnp.mean(jnp.stack(errors)))
 
 
 def _shortest_step(work: tuple[float, float] | None, devices: int) -> float | None:
@@ -256,9 +247,10 @@ def _shortest_step(work: tuple[float, float] | None, devices: int) -> float | No
 
 def _progress(step: int, config: ConfigDict, means: dict[str, float], rates: dict[str, float]) -> str:
     seconds, mfu = rates["step_seconds"], f"  MFU {rates['mfu']:.1%}" if "mfu" in rates else ""
+    parts = ", ".join(f"{name} {means[f'loss_{name}']:.4f}" for name in ("video", "action") if f"loss_{name}" in means)
     return (
-        f"step {step}/{config.train.steps}  loss {means['loss']:.4f} (video {means['loss_video']:.4f}, action "
-        f"{means['loss_action']:.4f})  {config.data.batch_size / seconds:.0f} samples/s{mfu}  "
+        f"step {step}/{config.train.steps}  loss {means['loss']:.4f}{parts and f' ({parts})'}  "
+        f"{config.data.batch_size / seconds:.0f} samples/s{mfu}  "
         f"data wait {rates['data_wait']:.0%}  ETA {clock(seconds * (config.train.steps - step))}"
     )
 

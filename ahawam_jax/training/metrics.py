@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,20 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from ahawam_jax.checkpoints import Checkpoints
 from data_pipelines.disk import writing
+
+# tensorboardX imports PyTorch wherever it is installed, 180 MiB that a training has no use for, and does without else.
+_HIDDEN = "torch" not in sys.modules
+if _HIDDEN:
+    sys.modules["torch"] = None  # as a package that is not installed
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
+from tensorboardX.summary import scalar  # noqa: E402
+
+if _HIDDEN:
+    del sys.modules["torch"]
 
 Metrics = Mapping[str, jax.Array]
 

@@ -1,6 +1,7 @@
 """The joint objective: video and action flow matching on one sample (Eq. 6-7, 12)."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from ahawam_jax import flow_matching
 from ahawam_jax.models.aha_wam import AhaWam
+from ahawam_jax.models.memory import PlannerContext
 from ahawam_jax.models.planner import History
 from ahawam_jax.training.breakdown import SampleLosses
 
@@ -28,6 +30,9 @@ class ObjectiveConfig:
     loss_weight: str = "bell"  # over video times
     action_loss_weight: str = "bell"  # over action times
     action_draws: int = 1  # noise draws of the executor per planned observation
+    max_delay: int = 0  # a chunk begins with 0 to so many committed actions, given clean at time 0; 0: with none
+    memory: bool = True  # the planner looks back on earlier frames (Eq. 13); False trains a planner that never does
+    routing: bool = True  # the executor reads the context as routed (Eq. 8-10); False trains it on the planner's own
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -41,6 +46,25 @@ class ObjectiveConfig:
                 raise ValueError(
                     f"objective.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}."
                 )
+        if self.max_delay < 0:
+            raise ValueError(f"objective.max_delay is {self.max_delay}; expected 0, for none, or a number of actions.")
+
+    def check(self, chunk: int) -> None:
+        """Raises ValueError for committed actions that leave nothing of a chunk of so many to learn."""
+        if self.max_delay >= chunk:
+            raise ValueError(
+                f"objective.max_delay is {self.max_delay}, but a chunk has {chunk} actions (config.model.chunk); "
+                "committed actions must leave some to predict, half a chunk is a good choice."
+            )
+
+    def check_policy(self, policy: Mapping[str, Any]) -> None:
+        """Raises ValueError if config.policy runs the model with a part that this objective does not train."""
+        for part in ("memory", "routing"):
+            if policy[part] and not getattr(self, part):
+                raise ValueError(
+                    f"config.policy.{part} is set, but config.objective.{part} is not: the policy would run with what "
+                    f"was not trained; set config.policy.{part}=False, or train it."
+                )
 
 
 @flax.struct.dataclass
@@ -51,6 +75,7 @@ class Noise:
     video_times: jax.Array  # [B]
     action: jax.Array  # [draws, B, C, T, d]
     action_times: jax.Array  # [draws, B, C]
+    committed: jax.Array | None = None  # int32 [draws, B, C], actions that are given; None where max_delay is 0
 
 
 def sample_noise(key: jax.Array, batch: dict[str, jax.Array], model: AhaWam, cfg: ObjectiveConfig) -> Noise:
@@ -60,11 +85,16 @@ def sample_noise(key: jax.Array, batch: dict[str, jax.Array], model: AhaWam, cfg
     size, chunks, length = latents.shape[0], batch["obs_latents"].shape[1], model.config.chunk
     drawn = chunks if cfg.action_times == "per_chunk" else 1
     times = flow_matching.sample_times(keys[3], (cfg.action_draws, size, drawn), cfg.action_time_law, cfg.shift)
+    committed = None
+    if cfg.max_delay:  # of a key of its own: the other draws are as without
+        shape = (cfg.action_draws, size, chunks)
+        committed = jax.random.randint(jax.random.fold_in(key, 4), shape, 0, cfg.max_delay + 1)
     return Noise(
         video=jax.random.normal(keys[0], latents.shape),
         video_times=flow_matching.sample_times(keys[1], (size,), cfg.time_law, cfg.shift),
         action=jax.random.normal(keys[2], (cfg.action_draws, size, chunks, length, model.config.action_dim)),
         action_times=jnp.broadcast_to(times, (cfg.action_draws, size, chunks)),
+        committed=committed,
     )
 
 
@@ -94,6 +124,19 @@ def history_of(batch: dict[str, jax.Array]) -> History | None:
     return History(latents, batch["video_history_frame_indices"], valid)
 
 
+def read_by_executor(
+    apply: Callable[..., Any], context: PlannerContext, latents: jax.Array, routing: bool
+) -> PlannerContext:
+    """What the executor reads in each chunk, [L, B, C, S, N, H], layer by layer.
+
+    apply: calls a method of the model. context [L, B, 1, S, N, H]. latents: of each chunk's observation,
+    [B, C, c, 1, h, w]. routing: through the router (Eq. 8-10), or else the planner's context as it is.
+    """
+    if routing:
+        return apply("route", context, latents, scanned=True)
+    return jax.tree.map(lambda x: jnp.repeat(x, latents.shape[1], 2), context)
+
+
 def joint_loss(
     model: AhaWam,
     params: Any,
@@ -112,7 +155,9 @@ def joint_loss(
       numbers of an action the sample's robot has (optional: all).
 
     A latent frame is dropped from the loss if all four of its images are padding; a fully padded sample gives 0. An
-    action's error is the mean over the numbers that the sample's robot has; the others enter the executor as 0.
+    action's error is the mean over the numbers that the sample's robot has; the others enter the executor as 0. With
+    noise.committed, the first actions of a chunk enter clean, at time 0, and the loss is over the others: a chunk
+    learns to go on from what a robot runs while it is computed.
 
     Returns the scalar loss and, by name, its parts and the predictions; with `capture` also the
     planner output, the routed context and what the modules recorded on the way ("intermediates", by method).
@@ -144,7 +189,7 @@ def joint_loss(
     # Router, then executor: every chunk of the horizon at once, and every draw. To the executor the chunks of all
     # draws are one long horizon; `jax.vmap` over draws, of which text and context know nothing, is more than the rules
     # of fused attention can do (JAX 0.10.2).
-    routed = apply("route", planned.context, batch["obs_latents"], scanned=True)
+    routed = read_by_executor(apply, planned.context, batch["obs_latents"], cfg.routing)
     draws, horizon = len(noise.action), chunks * length
     start = batch["action_offset"]
     action = window(batch["action"], start, horizon).reshape(-1, chunks, length, model.config.action_dim)
@@ -159,17 +204,23 @@ def joint_loss(
     def for_each_draw(x: jax.Array, axis: int) -> jax.Array:
         return jnp.concatenate([x] * draws, axis)
 
-    x = jnp.where(present, flow_matching.mix(action[None], noise.action, noise.action_times), 0.0)
+    noisy, committed = flow_matching.mix(action[None], noise.action, noise.action_times), None
+    if noise.committed is not None:
+        first = jnp.arange(length) < noise.committed[..., None]  # [draws, B, C, T]
+        noisy, committed = jnp.where(first[..., None], action, noisy), in_a_row(noise.committed)
+        keep = keep & ~first.reshape(draws, -1, horizon)
+    x = jnp.where(present, noisy, 0.0)
     acted = apply(
         "act", in_a_row(x), in_a_row(noise.action_times), for_each_draw(positions, 0), text, text_mask,
-        for_each_draw(states, 1), jax.tree.map(lambda y: for_each_draw(y, 2), routed),
+        for_each_draw(states, 1), jax.tree.map(lambda y: for_each_draw(y, 2), routed), committed,
     )  # fmt: skip
     predictions = acted.reshape(acted.shape[0], draws, chunks, *acted.shape[2:]).swapaxes(0, 1)
     target = noise.action - action if model.config.prediction == "velocity" else action
     error = masked_mean(jnp.square(predictions - target), present)  # [draws, B, C, T]
     weight = flow_matching.loss_weight(noise.action_times, cfg.shift, cfg.action_loss_weight)
     weighted = (error * weight[..., None]).reshape(draws, -1, horizon)
-    by_sample, by_chunk = masked_mean(weighted, keep), masked_mean(error, keep.reshape(error.shape[1:]))
+    by_sample, keep = masked_mean(weighted, keep), keep.reshape(*keep.shape[:-1], chunks, length)
+    by_chunk = masked_mean(error, keep)
     loss_action = cfg.action_weight * by_sample.mean()
 
     frame_error = jnp.square(planned.velocity - (noise.video - clean))[:, :, 1:].mean((1, 3, 4))  # [B, F-1]
@@ -186,7 +237,7 @@ def joint_loss(
         "pred_action": predictions,
         "samples": SampleLosses(
             cfg.video_weight * weighted_video, cfg.action_weight * by_sample.mean(0), per_sample, ~pad.all(1),
-            by_chunk, keep.reshape(by_chunk.shape[1:] + (-1,)).any(2),
+            by_chunk, keep.any(-1),
         ),
     }
     if capture:

@@ -54,6 +54,15 @@ class OptimizerConfig:
                 "config.optimizer.gather_once is set with lora_targets: adapters are merged with their kernels in "
                 "every microbatch, so there is nothing to hold; set gather_once to False."
             )
+        for name in ("freeze", "lora_targets"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise ValueError(
+                    f"config.optimizer.{name} {getattr(self, name)!r} is no regular expression: {error}."
+                ) from None
+        if self.accumulate < 1:
+            raise ValueError(f"config.optimizer.accumulate is {self.accumulate}, expected at least 1 microbatch.")
         if self.lora_rank < 1:
             raise ValueError(f"config.optimizer.lora_rank is {self.lora_rank}, expected at least 1.")
         for name in ("moment_dtype", "reduce_dtype"):

@@ -77,7 +77,7 @@ def mesh_shape(
             and (device_bytes is None or state_bytes <= STATE_SHARE * device_bytes * size * shape[2])
         ]  # fmt: skip
         shape[1] = min(fits, default=split)
-    if shape.count(-1) == 1:
+    if shape.count(-1) == 1 and 0 not in shape:
         known = -math.prod(shape)
         shape[shape.index(-1)] = count // known if count % known == 0 else 0
     if math.prod(shape) != count or min(shape) < 1:
@@ -200,6 +200,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def check_batch(size: int, mesh: Mesh | AbstractMesh, accumulate: int) -> None:
+    """Raises ValueError for a batch that is not as many rows on every device in every microbatch."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
+    if size < 1:
+        raise ValueError(f"config.data.batch_size is {size}, expected at least 1.")
+    if size % parts:
+        raise ValueError(
+            f"config.data.batch_size {size} must be a multiple of mesh data * fsdp * accumulate = {parts}."
+        )
+
+
 def batch_rows(mesh: Mesh, size: int) -> np.ndarray:
     """Places [b] in a batch of `size` that the devices of this process hold, ascending.
 
@@ -210,7 +221,10 @@ def batch_rows(mesh: Mesh, size: int) -> np.ndarray:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The rows of a batch at `batch_rows` -> global arrays, sharded over data and fsdp."""
+    """The rows of a batch at `batch_rows` -> global arrays, sharded over data and fsdp.
+
+    On a CPU they may be the very memory of `batch`, which is not to be written to from here on.
+    """
     sharding, parts = batch_sharding(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
     mine = batch_rows(mesh, parts)
 

@@ -1,4 +1,4 @@
-"""One training step: frozen towers, joint loss, gradient accumulation, update, average.
+"""One training step: frozen towers, joint loss or distillation, gradient accumulation, update, average.
 
 A step whose loss or gradient is not finite is skipped: it counts, and changes nothing else.
 """
@@ -21,7 +21,8 @@ from ahawam_jax.towers.building import VideoTower
 from ahawam_jax.towers.encoding import encode
 from ahawam_jax.training.adapters import add_adapters, merged
 from ahawam_jax.training.breakdown import batch_sums, breakdown
-from ahawam_jax.training.objective import ObjectiveConfig, joint_loss, sample_noise
+from ahawam_jax.training.distillation import Distillation, Objective, distillation_loss, executor_of, sample_start
+from ahawam_jax.training.objective import joint_loss, sample_noise
 from ahawam_jax.training.optimizer import OptimizerConfig, join, split
 
 Batch = dict[str, jax.Array]
@@ -35,6 +36,7 @@ class TrainState:
     params: Any
     opt_state: optax.OptState
     ema: Any  # like params, or None
+    teacher: Any = None  # the executor as it was at the start, see `executor_of`, where it is distilled
     lora_scale: float = flax.struct.field(pytree_node=False, default=1.0)  # of the adapters among params
 
     @property
@@ -44,15 +46,17 @@ class TrainState:
 
 
 def create_state(
-    model: AhaWam, tx: optax.GradientTransformation, key: jax.Array, ema: bool, lora: OptimizerConfig | None = None
-) -> TrainState:
+    model: AhaWam, tx: optax.GradientTransformation, key: jax.Array, ema: bool, lora: OptimizerConfig | None = None,
+    distilled: bool = False,
+) -> TrainState:  # fmt: skip
     """A fresh state whose leaves are boxed with their logical axes. lora: where adapters are described, if at all."""
     params, scale = init(model, key), 1.0
+    teacher = jax.tree.map(jnp.copy, executor_of(params)) if distilled else None
     if lora is not None and lora.lora_targets:
         key = jax.random.fold_in(key, 1)
         params, scale = add_adapters(params, lora.lora_targets, lora.lora_rank, key), lora.lora_scale
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average, scale)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average, teacher, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +87,32 @@ class Holding:
         return unflatten_dict({path: one(path, x) for path, x in flatten_dict(tree, sep="/").items()}, sep="/")
 
 
+Loss = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def make_loss(model: AhaWam, objective: Objective, robots: int) -> Loss:
+    """The pure function (params, reference, encoded batch, key) -> (loss, metrics) of either objective.
+
+    reference: see `distillation_loss`; the joint loss has none.
+    """
+
+    def joint(params: Any, _: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        noise = sample_noise(key, batch, model, objective)
+        loss, parts = joint_loss(model, params, batch, noise, objective)
+        sums = batch_sums(parts["samples"], noise.video_times, noise.action_times, batch, robots)
+        return loss, {"loss_video": parts["loss_video"], "loss_action": parts["loss_action"], "parts": sums}
+
+    def distilled(params: Any, reference: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        start = sample_start(key, batch, model, objective)
+        loss, parts = distillation_loss(model, params, reference, batch, start, objective)
+        nothing = jnp.zeros(len(start.anchor))
+        return loss, {"parts": batch_sums(parts["samples"], nothing, parts["times"][None], batch, robots)}
+
+    return distilled if isinstance(objective, Distillation) else joint
+
+
 def make_train_step(
-    model: AhaWam, tx: optax.GradientTransformation, objective: ObjectiveConfig, optimizer: OptimizerConfig,
+    model: AhaWam, tx: optax.GradientTransformation, objective: Objective, optimizer: OptimizerConfig,
     robots: Sequence[str] = (),
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """The pure function (state, batch, tower, key) -> (state, metrics).
@@ -93,14 +121,18 @@ def make_train_step(
     was skipped, else 0. metrics["parts"] is a vector, see `breakdown.names`; robots: what `robot` of the batch counts.
     """
 
-    def loss_and_gradient(trained, frozen, batch, key):
+    loss_of = make_loss(model, objective, len(robots))
+
+    def reference_of(state: TrainState) -> Any:
+        if not isinstance(objective, Distillation):
+            return None
+        return state.teacher if objective.method == "teacher" else executor_of(state.deploy)
+
+    def loss_and_gradient(trained, frozen, reference, batch, key):
         def loss_fn(trained):
             params = merged(join(trained, frozen), optimizer.lora_scale)
-            noise = sample_noise(key, batch, model, objective)
             with gradients_in(optimizer.reduce_dtype):
-                loss, parts = joint_loss(model, params, batch, noise, objective)
-            sums = batch_sums(parts["samples"], noise.video_times, noise.action_times, batch, len(robots))
-            return loss, {"loss_video": parts["loss_video"], "loss_action": parts["loss_action"], "parts": sums}
+                return loss_of(params, reference, batch, key)
 
         (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(trained)
         return {"loss": loss, **metrics}, gradient
@@ -111,7 +143,9 @@ def make_train_step(
         key = jax.random.fold_in(key, state.step)
         count = optimizer.accumulate
         trained, frozen = split(state.params, optimizer.freeze)
-        used = (trained, frozen) if held is None else (held.gathered(trained), held.gathered(frozen))
+        used = (trained, frozen, reference_of(state))
+        if held is not None:
+            used = tuple(held.gathered(part) if part else part for part in used)
 
         def one(micro, index):
             metrics, gradient = loss_and_gradient(*used, encode(micro, tower), jax.random.fold_in(key, index))
@@ -122,10 +156,11 @@ def make_train_step(
         else:
             # Interleaved, so that every device keeps its own rows in every microbatch.
             micro = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
-            zeros = jax.eval_shape(lambda: one(jax.tree.map(lambda x: x[0], micro), 0))
+            once = jax.jit(one)  # traced once, for the shapes of its sums and for the loop
+            zeros = jax.eval_shape(lambda: once(jax.tree.map(lambda x: x[0], micro), jnp.int32(0)))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zeros)
             total, _ = jax.lax.scan(
-                lambda carry, x: (jax.tree.map(jnp.add, carry, one(*x)), None), zeros, (micro, jnp.arange(count))
+                lambda carry, x: (jax.tree.map(jnp.add, carry, once(*x)), None), zeros, (micro, jnp.arange(count))
             )
             metrics, gradient = jax.tree.map(lambda x: x / count, total)
 
@@ -137,7 +172,11 @@ def make_train_step(
         if ema is not None:
             # Early on the average follows closely, so that it is not dominated by the initial values.
             decay = jnp.minimum(optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-            ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+            average, kept = split(ema, optimizer.freeze)  # an average of equal numbers is not always their bits
+            average = jax.tree.map(
+                lambda old, new: decay * old + (1 - decay) * new, average, split(params, optimizer.freeze)[0]
+            )
+            ema = join(average, kept)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         metrics["skipped"] = 1.0 - finite
         learned = (params, opt_state, ema)

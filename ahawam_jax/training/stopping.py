@@ -22,9 +22,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from data_pipelines.processes import REQUEUE
 from data_pipelines.progress import finish_line
 
-REQUEUE = 75  # exit status (EX_TEMPFAIL): the same command goes on from the newest checkpoint
 NOTHING, SAVE, STOP = range(3)  # wishes; the larger one counts
 GRACE = 2.0  # seconds for the other processes to say what they fail of, where all fail alike
 # Of what is raised where a collective or a barrier fails: by Gloo, NCCL, the coordination service.

@@ -13,7 +13,7 @@ from data_pipelines.files import disguised, read_json
 
 TOLERANCE = 2e-5  # float32 arithmetic on both sides: about 1e2 roundings of 6e-8 per block, 3 to 30 blocks
 ROLLOUT_TOLERANCE = 5e-5  # ten executor passes in a row
-WEIGHTS = ("vae_weights", "umt5_weights")  # used by other checks, which name every tensor of theirs
+WEIGHTS = ("vae_weights", "umt5_weights", "d_student_weights")  # other checks use and name them
 
 
 class Fixture:

@@ -42,9 +42,9 @@ def model_config(suite: Suite) -> ModelConfig:
     )  # fmt: skip
 
 
-def network(suite: Suite) -> tuple[AhaWam, Any]:
+def network(suite: Suite, weights: str = "tiny_weights") -> tuple[AhaWam, Any]:
     config = model_config(suite)
-    params = from_release(suite.weights(), config)
+    params = from_release(suite.weights(weights), config)
     return AhaWam(config), jax.tree.map(jnp.asarray, params)
 
 
@@ -170,8 +170,8 @@ def check_video_dit(suite: Suite, f: Fixture) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ joint training
-def training_inputs(suite: Suite, f: Fixture) -> tuple[dict[str, np.ndarray], Noise]:
-    """The stored batch and noise in the layout of `joint_loss`."""
+def training_batch(suite: Suite, f: Fixture) -> dict[str, np.ndarray]:
+    """The stored batch in the layout of `joint_loss`."""
     config = model_config(suite)
     f.ignore("in.video_current_frame_index")  # already contained in video_temporal_position_ids
     names = ["action", "action_is_pad", "context", "context_mask", "image_is_pad", "input_latents", "proprio",
@@ -187,14 +187,19 @@ def training_inputs(suite: Suite, f: Fixture) -> tuple[dict[str, np.ndarray], No
         stored = f["in.history_latents"]
         missing = config.memory_frames - stored.shape[1]
         batch["history_latents"] = np.pad(stored, [(0, 0), (missing, 0)] + [(0, 0)] * (stored.ndim - 2))
+    return batch
+
+
+def training_inputs(suite: Suite, f: Fixture) -> tuple[dict[str, np.ndarray], Noise]:
+    """The stored batch and noise in the layout of `joint_loss`."""
+    config, batch = model_config(suite), training_batch(suite, f)
     size, chunks = batch["obs_latents"].shape[:2]
-    noise = Noise(
+    return batch, Noise(
         video=f["in.noise_video"],
         video_times=f["in.timestep_video"],
         action=f["in.noise_action"].reshape(1, size, chunks, config.chunk, config.action_dim),
         action_times=f["in.timestep_action_per_chunk"][None],
     )
-    return batch, noise
 
 
 def objective(suite: Suite) -> ObjectiveConfig:

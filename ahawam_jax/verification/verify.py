@@ -4,14 +4,14 @@ from pathlib import Path
 
 import jax
 
-from ahawam_jax.verification import model_checks, tower_checks
+from ahawam_jax.verification import distillation_check, model_checks, tower_checks
 from ahawam_jax.verification.fixtures import WEIGHTS, Suite
 from data_pipelines.progress import Progress, say
 
 
 def verify(folder: Path, only: list[str] | None = None) -> int:
     """Checks a folder, prints a line per fixture and returns the number of failed ones."""
-    checks = model_checks.CHECKS | tower_checks.CHECKS
+    checks = model_checks.CHECKS | distillation_check.CHECKS | tower_checks.CHECKS
     suite = Suite(folder)
     unknown = sorted(set(only or ()) - set(suite.fixtures))
     if unknown:

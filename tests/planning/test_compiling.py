@@ -54,6 +54,21 @@ def test_what_a_compiler_refuses_is_a_sentence() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(_folder("libtpu") is None, reason="libtpu is not installed, see docs/cluster.md")
+@pytest.mark.parametrize(("mesh", "batch"), [("1x8x1", 64), ("1x64x1", 512)])
+def test_the_full_step_on_tpus(mesh: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory within 15%, as promised; eight minutes of one core each."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    config = importlib.import_module("configs.robocoin").get_config()
+    config.data.update(latents="cached", latent_clips=True, batch_size=batch)
+    cluster = make_cluster("v5p", mesh, None)
+    one, compiled = estimate(config, cluster), compile_step(config, cluster)
+    assert one.memory - one.temporary == pytest.approx(compiled.arguments, rel=0.01)
+    assert compiled.peak == compiled.arguments + compiled.temporaries  # what libtpu refuses for
+    assert one.memory == pytest.approx(compiled.peak, rel=0.15)
+
+
+@pytest.mark.slow
 @needs_plug_in
 @pytest.mark.parametrize(
     ("name", "mesh", "batch"),

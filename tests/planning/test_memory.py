@@ -9,7 +9,7 @@ import pytest
 from ahawam_jax.planning.devices import make_cluster
 from ahawam_jax.planning.estimate import estimate
 from ahawam_jax.planning.layout import lay_out
-from ahawam_jax.planning.memory import temporaries
+from ahawam_jax.planning.memory import lives, temporaries
 from ahawam_jax.planning.program import read
 from tests.planning.steps import get_config
 
@@ -23,7 +23,7 @@ def peak(function: Callable, *arguments: jax.ShapeDtypeStruct, donated: int = 0,
     rows = ("fsdp",) if split else ()
     inputs = [(rows, *[()] * (len(x.shape) - 1)) for x in arguments]
     found = lay_out(program, inputs, [None] * len(program.outputs), SIZES, [False] * len(arguments))
-    return temporaries(program, found, SIZES, donated).bytes
+    return temporaries(lives(program, donated), found, SIZES).bytes
 
 
 def test_products_live_until_they_are_read() -> None:

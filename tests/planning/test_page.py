@@ -84,18 +84,25 @@ def test_the_ranking_is_of_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     # Where all fits, every mesh does without remat and microbatches.
     assert {(a.subject.model.remat, a.subject.config.optimizer.accumulate) for a in found} == {("none", 1)}
     assert {a.cluster.sizes for a in found} == {(1, 1, 2), (1, 2, 1), (2, 1, 1)} and len(found) == 3
-    # A search finds what an estimate of the same mesh says.
-    config = get_config()
-    config.model.remat = "none"
-    alone, same = estimate(config, cluster), next(a for a in found if a.cluster.sizes == (1, 2, 1))
-    assert (same.memory, same.traffic, same.per_device) == (alone.memory, alone.traffic, alone.per_device)
     assert "Layouts of 2 h100 (1 host) that fit, the fastest first" in ranking(found, cluster)
     # With less memory than any takes without remat it takes some, each mesh no more of it than it must.
-    monkeypatch.setattr(searching, "MICROBATCHES", (1,))
+    monkeypatch.setattr(searching, "REMATS", ("none", "full"))
+    monkeypatch.setattr(searching, "MICROBATCHES", (1, 4))
     tight = search(get_config(), small(cluster, int(0.99 * min(a.memory for a in found) / USABLE)))
-    assert tight and "none" not in {a.subject.model.remat for a in tight}
-    assert len(tight) == len({a.cluster.sizes for a in tight})
+    once, split = ([a for a in tight if a.subject.config.optimizer.accumulate == n] for n in (1, 4))
+    assert {a.subject.model.remat for a in once} == {"full"} and {a.subject.model.remat for a in split} == {"none"}
+    assert len(once) == len({a.cluster.sizes for a in once})
+    # A search finds what an estimate of the same layout alone says, though it traces once for all of them.
+    for one in (once[0], split[0]):
+        alone = estimate(one.subject.config, one.cluster)
+        for name in ("memory", "state", "fullest", "operations", "per_device", "traffic", "trained", "seconds"):
+            assert getattr(one, name) == getattr(alone, name), name
     assert "No mesh of 2 h100 (1 host) holds a step" in ranking([], cluster)
+    assert not search(get_config(), small(cluster, 1000))
+    config = get_config()
+    config.data.batch_size = 3
+    with pytest.raises(ValueError, match="batch_size 3 divides among the devices of no mesh of 16"):
+        search(config, make_cluster("h100", "1x16x1", 2))
 
 
 def test_beside_the_compiler(one: Estimate) -> None:
@@ -126,6 +133,19 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--device=foo"], "--device is 'foo', which is not in the table; expected one of h100"),
         (["--mesh=1x8x1", "--search", "--compile"], "give --compile with the --mesh that it found"),
         (["--mesh=1x2x1", "--config.model.num_layer=3"], "the flags do not fit the config"),
+        (["--mesh=1x2x1", "--config.optimizer.accumulate=0"], "accumulate is 0, expected at least 1 microbatch"),
+        (["--mesh=1x2x1", "--config.optimizer.accumulate=-1"], "accumulate is -1, expected at least 1 microbatch"),
+        (["--mesh=1x2x1", "--config.data.batch_size=0"], "config.data.batch_size is 0, expected at least 1"),
+        (["--search", "--config.data.batch_size=-2"], "config.data.batch_size is -2, expected at least 1"),
+        (["--mesh=1x2x1", "--config.optimizer.freeze=("], "config.optimizer.freeze '(' is no regular expression: mis"),
+        (["--mesh=1x2x1", "--config.optimizer.lora_targets=("], "lora_targets '(' is no regular expression: mis"),
+        (["--config.mesh.tensor=0"], "config.mesh {'data': -1, 'fsdp': 1, 'tensor': 0} does not fit 8 devices"),
+        (["--mesh=1x2x1", "--config.model.num_heads=0"], "config.model.num_heads is 0, expected at least 1"),
+        (["--mesh=1x2x1", "--config.train.steps=-5"], "config.train.steps is -5, expected at least 1"),
+        (["--mesh=1x2x1", "--steps=3"], "--steps and --episodes are about inference; give them with --policy"),
+        (["--episodes=3"], "--steps and --episodes are about inference; give them with --policy"),
+        (["--mesh=1x64x1", "--hosts=1"], "--mesh=1x64x1 on 1 host needs 64 devices a host"),
+        (["--mesh=1x7x1", "--search"], "divides among the devices of no mesh of 7; give a multiple of 7"),
     ):
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
             door.main([*arguments, *flags])

@@ -74,6 +74,8 @@ def test_where_a_kernel_comes_from(source: str, place: str) -> None:
     [
         (["--steps=2,0"], "--steps is 2,0; expected positive numbers"),
         (["--mesh=1x2x1"], "--policy is about one GPU and inference"),
+        (["--hosts=2"], "--policy is about one GPU and inference"),
+        (["--network=3"], "--policy is about one GPU and inference"),
         (["--device=v5p"], "--policy is for GPUs, as h100, h200 and 5090d; --device is v5p"),
         (["--config.model.num_layer=3"], "the flags do not fit the config"),
         (["--config.towers.video=jpeg"], "config.towers.video is 'jpeg'; expected one of"),

@@ -5,8 +5,9 @@
 Each time some processes, one or all, get SIGKILL or SIGTERM: between two saves, while a save is being written, or
 during a validation. Then all of them, and the processes that load their data, must end by themselves within a minute,
 with the status that says so; the newest checkpoint must be whole; no more than one interval between two saves may be
-lost, and nothing by SIGTERM. At last the run goes on to its end, which must equal that of an uninterrupted one in
-every number. Exits with 1 where anything of this does not hold.
+lost, and nothing by SIGTERM. The processes share a folder of compiled programs, which is struck as well. At last the
+run goes on to its end, which must equal that of an uninterrupted one in every number. Exits with 1 where anything of
+this does not hold.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from pathlib import Path
 
 import tests.conftest  # noqa: F401  before jax: what the processes find in their environment
 from ahawam_jax.checkpoints import Checkpoints
-from ahawam_jax.training.stopping import REQUEUE
+from ahawam_jax.compilation_cache import FOLDER, SHORTEST
+from data_pipelines.processes import REQUEUE
 from data_pipelines.progress import clock
 from tests.data_pipelines import tiny_dataset
 from tests.training.jobs import TRAIN, start_job
@@ -69,8 +71,9 @@ class Job:
         self._mark = f"{MARK}={folder}:{self._began}"
         name, _, value = self._mark.partition("=")
         self.processes = start_job(
-            processes, 1, *TRAIN, f"--workdir={workdir}", *flags, outputs=self.outputs, **{name: value}
-        )
+            processes, 1, *TRAIN, f"--workdir={workdir}", *flags, outputs=self.outputs,
+            **{name: value, FOLDER: str(folder / "compiled"), SHORTEST: "0.1"},
+        )  # fmt: skip
 
     def done(self) -> int:
         """The last step in metrics.jsonl, 0 before this job has begun to train."""

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ahawam_jax.models.config import ModelConfig
-from ahawam_jax.towers.stand_ins import BlockTransform
+from ahawam_jax.towers.stand_ins import BlockTransform, HashedWords
 from ahawam_jax.towers.text_cache import CachedText, prompt, write_entry
 from ahawam_jax.training.data import Data, open_data
+from data_pipelines.augmentation import PICTURES
 from tests.conftest import REPOSITORY
 from tests.data_pipelines import tiny_dataset
 from tests.tiny_config import get_config
@@ -42,6 +44,7 @@ def test_a_batch_gets_the_tokens_of_its_instructions_bit_for_bit(tmp_path: Path)
 GROWTH = """
 import sys, tracemalloc
 import numpy as np
+import pytest
 from tests.training.test_data import data_of
 
 def resident():
@@ -86,3 +89,18 @@ def test_the_sums_of_the_record_are_taken_one_at_a_time(tmp_path: Path) -> None:
     record = open_data(config, ModelConfig.create(config.model), Tower(), BlockTransform()).record
     sums = record["towers"]["text"]
     assert len(Tower.read) == len(sums) == 2 and len({*sums.values()}) == 2
+
+
+def test_augmentation_is_for_pictures_alone(tmp_path: Path) -> None:
+    config = get_config()
+    config.data.update(path=str(tiny_dataset.write_dataset(tmp_path)), cache="")
+    model, towers = ModelConfig.create(config.model), (HashedWords(config.towers.text_length, 16), BlockTransform())
+    assert open_data(config, model, *towers).augment is None
+    config.data.augmentation.crop = 0.1
+    picture = np.random.default_rng(0).integers(0, 256, (1, 1, 96, 64, 3), np.uint8)
+    batch = {name: picture.copy() for name in PICTURES} | {"video_history_valid_len": np.ones(1, int)}
+    open_data(config, model, *towers).augment(batch, [(0,)])
+    assert all((batch[name] != picture).mean() > 0.5 for name in PICTURES)
+    config.data.latents = "latents"
+    with pytest.raises(ValueError, match="config.data.latents, latents, holds what unchanged pictures were"):
+        open_data(config, model, *towers)

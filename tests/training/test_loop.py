@@ -9,17 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ahawam_jax.checkpoints import CheckpointError
+from ahawam_jax.checkpoints import CheckpointError, Checkpoints
 from ahawam_jax.inference.policy import Policy
+from ahawam_jax.training import loop
 from ahawam_jax.training.loop import train
-from ahawam_jax.training.stopping import REQUEUE
+from data_pipelines.augmentation import Augmentation
 from data_pipelines.normalization import Normalization
 from data_pipelines.ownership import OwnedError, owned
+from data_pipelines.processes import REQUEUE
 from data_pipelines.readers.layouts import LAYOUTS
 from data_pipelines.readers.subset import load_subset, open_subset
 from data_pipelines.statistics import compute_by_robot
@@ -63,8 +66,17 @@ def start(dataset: Path, cache: Path, workdir: Path, *extra: str) -> subprocess.
     )
 
 
+def told(process: subprocess.Popen) -> str:
+    """What it says to its end; killed where that does not come: compiling takes minutes on a busy machine."""
+    try:
+        return process.communicate(timeout=900)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+
+
 def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=240)
+    output = told(process)
     assert process.returncode == 0, output
     return output
 
@@ -84,7 +96,7 @@ def stop(number: signal.Signals, more: int, dataset: Path, cache: Path, workdir:
             steps = path.read_text().count("\n") + more
         time.sleep(0.02)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=240)
+    output = told(process)
     return process.returncode, output
 
 
@@ -111,6 +123,30 @@ def test_a_run_stopped_again_and_again_equals_the_uninterrupted_one_bit_for_bit(
     assert f"resuming at step {done}:" in finish(start(*run))
     assert curve(tmp_path) == curve(uninterrupted)
     assert [row["step"] for row in curve(tmp_path)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("until", ["Ctrl-C cannot reach this job", "rows to train"])
+def test_sigterm_at_the_start_asks_for_the_same_command(
+    until: str, dataset: Path, cache: Path, tmp_path: Path
+) -> None:
+    """While JAX is imported, and when the job says that it has begun; a job in the background says so.
+
+    From then on it may already compile or take its first steps when the signal comes, and saves what it has done.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = start(dataset, cache, tmp_path, *LENGTH)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = ""
+    while until not in said:
+        said += process.stdout.readline() or pytest.fail(said)
+    process.send_signal(signal.SIGTERM)
+    said += told(process)
+    assert process.returncode == REQUEUE, said
+    step = re.fullmatch(r"Stopped at step (\d+); the same command resumes there\.", said.splitlines()[-1])
+    assert said.splitlines()[-1] == "stopped" or (step and until == "rows to train"), said
+    assert Checkpoints(tmp_path).latest == (int(step[1]) if step else None)
 
 
 def test_wrong_flags_are_sentences(dataset: Path, cache: Path, tmp_path: Path) -> None:
@@ -143,11 +179,13 @@ def test_workdir_of_another_config(config: ConfigDict, tmp_path: Path) -> None:
         ("data", dict(batch_size=9), "must be a multiple of mesh data"),
         ("data", dict(validation_episodes=3), "has 3 episodes; hold out fewer"),
         ("data", dict(head_size=(48, 64)), "multiples of"),
-        ("towers", dict(video="wan2.1_vae"), "expected one of block_transform, wan2.2_vae"),
+        ("towers", dict(video="wan2.1_vae"), "expected one of block_transform, placed_block_transform, wan2.2_vae"),
         ("towers", dict(video="wan2.2_vae"), "video_weights is empty; give the folder"),
         ("towers", dict(text_length=2), "has 3 words"),
         ("model", dict(prediction="noise"), "expected one of velocity, sample"),
         ("objective", dict(time_law="cosine"), "expected one of shifted_uniform, logit_normal"),
+        ("objective", dict(max_delay=4), "objective.max_delay is 4, but a chunk has 4 actions"),
+        ("objective", dict(max_delay=-1), "objective.max_delay is -1; expected 0, for none, or a number"),
         ("mesh", dict(fsdp=3), "does not fit 8 devices"),
     ],
 )
@@ -167,6 +205,24 @@ def test_dataset_without_a_camera(config: ConfigDict, tmp_path: Path) -> None:
     config.data.path = str(root)
     with pytest.raises(ValueError, match="cam_left_wrist"):
         train(config, tmp_path / "run")
+
+
+def test_training_pictures_are_augmented(
+    config: ConfigDict, single_device: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def asked(*arguments: object) -> None:
+        raise Asked(arguments[-1])
+
+    config.mesh.update(data=-1, fsdp=1)
+    config.data.augmentation.erased = 2
+    monkeypatch.setattr(loop, "make_loader", asked)
+    monkeypatch.setattr(loop, "initial_state", lambda *_: (SimpleNamespace(step=0), None))  # not needed, and slow
+    with pytest.raises(Asked) as stopped:
+        loop.train(config, tmp_path / "run")
+    assert stopped.value.args[0].func.__self__ == Augmentation(erased=2)
 
 
 def test_a_head_camera_alone(config: ConfigDict, single_device: None, tmp_path: Path) -> None:

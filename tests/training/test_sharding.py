@@ -205,6 +205,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tmp_path: Path,
     batch = loader_batch()
     with sharding.activation_rules(mesh):
         good, fine = step(state, sharding.put_batch(batch, mesh), BlockTransform(), jax.random.key(7))
+        batch["action"] = batch["action"].copy()  # what was put may be the very memory that a running step reads
         batch["action"][3] = action
         bad, metrics = step(state, sharding.put_batch(batch, mesh), BlockTransform(), jax.random.key(7))
     assert (fine["skipped"], metrics["skipped"]) == (0, 1)
