@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.objective = ConfigDict(dict(
         shift=5.0, time_law="shifted_uniform", action_time_law="shifted_uniform", action_times="per_chunk",
         video_weight=0.05, action_weight=1.0, loss_weight="bell", action_loss_weight="uniform", action_draws=2,
+        max_delay=0, memory=True, routing=True,
     ))  # fmt: skip
 
     # Windows of the recording. History frames are 16 rows apart, as often as the planner is refreshed.
@@ -37,6 +38,7 @@ def get_config() -> ConfigDict:
         path="runs/demo/dataset", episodes=200, cache="runs/demo/cache", latents="", latent_clips=False, workers=0,
         head_size=(64, 128), single_view=False, history_stride=16, max_offset=15, batch_size=16, validation_episodes=8,
         normalization=dict(state="z-score", action="z-score"), clip=5.0,
+        augmentation=dict(crop=0.0, colour=0.0, erased=0),  # of training pictures, see data_pipelines/augmentation.py
     ))  # fmt: skip
 
     config.optimizer = ConfigDict(dict(

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.objective = ConfigDict(dict(
         shift=5.0, time_law="shifted_uniform", action_time_law="shifted_uniform", action_times="per_chunk",
         video_weight=1.0, action_weight=1.0, loss_weight="bell", action_loss_weight="bell", action_draws=1,
+        max_delay=0, memory=True, routing=True,
     ))  # fmt: skip
 
     # 65 rows a window: 64 actions, 9 video frames; history one horizon apart. Every number may have a rule of its own,
@@ -34,6 +35,7 @@ def get_config() -> ConfigDict:
         path="data/robotwin", cache="", latents="", latent_clips=False, workers=0, head_size=(256, 320),
         single_view=False, history_stride=64, max_offset=0, batch_size=256, validation_episodes=50,
         normalization=dict(state="z-score", action="z-score"), clip=5.0,
+        augmentation=dict(crop=0.0, colour=0.0, erased=0),  # of training pictures, see data_pipelines/augmentation.py
     ))  # fmt: skip
 
     config.optimizer = ConfigDict(dict(

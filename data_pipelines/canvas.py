@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-HEAD, LEFT, RIGHT = CAMERAS = ("cam_high", "cam_left_wrist", "cam_right_wrist")
+CAMERAS = ("cam_high", "cam_left_wrist", "cam_right_wrist")
+HEAD = CAMERAS[0]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,13 @@ class Canvas:
         height, width = self.head_size
         return (height if self.single_view else height + height // 2), width
 
+    @property
+    def regions(self) -> tuple[tuple[slice, slice], ...]:
+        """Rows and columns of the picture where each of `cameras` lies."""
+        (height, width), tall = self.head_size, self.size[0]
+        wrists = (slice(height, tall), slice(0, width // 2)), (slice(height, tall), slice(width // 2, width))
+        return ((slice(0, height), slice(0, width)), *(() if self.single_view else wrists))
+
     def compose(self, views: Mapping[str, np.ndarray]) -> np.ndarray:
         """Picture uint8 [..., *size, 3] from RGB views uint8 [..., h', w', 3] named as `cameras`; others are ignored.
 
@@ -66,12 +74,9 @@ class Canvas:
                     f"camera {name}: expected as many images as {HEAD} has, {list(views[HEAD].shape[:-3])}, got "
                     f"{list(views[name].shape[:-3])}."
                 )
-        height, half = self.head_size[0], self.head_size[1] // 2
         out = np.empty((*views[HEAD].shape[:-3], *self.size, 3), np.uint8)
-        _resize(views[HEAD], out[..., :height, :, :])
-        if not self.single_view:
-            _resize(views[LEFT], out[..., height:, :half, :])
-            _resize(views[RIGHT], out[..., height:, half:, :])
+        for name, (rows, columns) in zip(self.cameras, self.regions, strict=True):
+            _resize(views[name], out[..., rows, columns, :])
         return out
 
 

@@ -32,6 +32,7 @@ Batch = dict[str, np.ndarray]
 # no faster than 2 threads. As many batches are kept waiting as there are threads, so full-size batches (100 MB and
 # more) stay within memory.
 THREADS = min(16, max(2, os.cpu_count() or 1))
+_AUGMENTED = 4  # last word of a sample's seed, so that it is no other's
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def make_loader(
     places: Sequence[int] | None = None,
     start_step: int = 0,
     workers: int = 0,
+    augment: Callable[[Batch, list[tuple[int, ...]]], None] | None = None,
 ) -> Iterator[Batch]:
     """Endless iterator of training batches, keys and shapes as `Windows.gather`.
 
@@ -87,8 +89,9 @@ def make_loader(
     else is read; all by default. start_step: number of batches already consumed; the stream continues exactly
     there. workers: processes that make the batches, for hosts with more cores than one interpreter keeps busy; 0 makes
     them in threads of this one. They take batches in turn, never touch an accelerator and end with this process; a
-    script that asks for them needs its `if __name__ == "__main__"` guard. Raises ValueError for sources that do not
-    fit into one batch and for impossible places.
+    script that asks for them needs its `if __name__ == "__main__"` guard. augment: changes a batch in place, by a seed
+    for each of its samples, see `Augmentation.apply`. Raises ValueError for sources that do not fit into one batch and
+    for impossible places.
     """
     chosen = _places(batch_size, places)
     if start_step < 0:
@@ -97,7 +100,10 @@ def make_loader(
     stream = _stream(sources, mixture, windows, batch_size, seed)
 
     def batch(step: int) -> Batch:
-        return mixture.gather(*stream(step, chosen))
+        made = mixture.gather(*stream(step, chosen))
+        if augment:
+            augment(made, [(seed, step, int(place), _AUGMENTED) for place in chosen])
+        return made
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(batch)
     if not workers:

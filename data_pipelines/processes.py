@@ -19,6 +19,13 @@ from typing import Any
 LOOK = 0.5  # seconds between two looks at the processes of a pool
 
 
+REQUEUE = 75  # exit status (EX_TEMPFAIL): the same command goes on with what is kept
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a scheduler wants the machine back."""
+
+
 class WorkerError(ChildProcessError):
     """A worker process ended before its work; the message says how, what was kept and what to do."""
 

@@ -23,7 +23,7 @@ class WindowConfig:
     """Geometry of a window, in rows of the recording.
 
     horizon: actions trained on.  chunk: actions per executor call.  video_ratio: rows per video frame.
-    history_frames: W, remembered frames.  history_stride: rows between them, by default one horizon.
+    history_frames: W, remembered frames, 0 for none.  history_stride: rows between them, by default one horizon.
     max_offset: the actions start up to this many rows after the video (delta in 0..max_offset), 0 for none.
     memory_anchor: the episode's first row is always among the history, see `anchored`.
     Released: 64, 16, 8, 6, 64, 0 (65 rows, 9 frames); with offset 80, 16, 8, 6, 80, 15 (97 rows, 13 frames). The
@@ -136,7 +136,7 @@ class Windows:
         [B, N]: rows 0..N-1 of the window, the trained ones are [delta, delta + horizon);
         action_present bool [B, d]: the numbers that the robot has, the others are 0;
         action_offset int32 [B] = delta;
-        history uint8 [B, W, H, W_, 3] oldest first, right-aligned, zeros where there is none;
+        history uint8 [B, W, H, W_, 3] oldest first, right-aligned, zeros where there is none, absent where W is 0;
         video_history_valid_len int32 [B]; video_history_frame_indices int32 [B, W] and
         video_temporal_position_ids int32 [B, 1+n]: rotary index, row in the episode // video_ratio;
         instruction int32 [B]: place in `dataset.instructions`.
@@ -165,12 +165,13 @@ class Windows:
         state = self._vectors("state", self._dataset.states, numbers, table)
         seen = np.where(history < 0, start[:, None], history)  # a row that is read anyway, blackened below
         first = self._starts[episode][:, None]
-        images = self._images({
+        asked = {
             "video": video_rows(c, self._dataset, first[:, 0] + start),
             "observations": first + np.minimum(chunk_starts, last),
-            "history": first + seen,
-        })  # fmt: skip
-        images["history_latents" if self.latents else "history"][history < 0] = 0
+        }
+        images = self._images(asked | ({"history": first + seen} if c.history_frames else {}))
+        if c.history_frames:
+            images["history_latents" if self.latents else "history"][history < 0] = 0
         latents = FRAMES_PER_LATENT * np.arange(1 + (c.video_frames - 1) // FRAMES_PER_LATENT)
         return images | {
             "image_is_pad": video > last,
@@ -198,10 +199,11 @@ class Windows:
         if self.latents is None:
             return self._pictures(groups)
         frames, clips = self.latents.frames, self.latents.clips
+        singles = {"observations": "obs_latents", "history": "history_latents"}
         out = {
-            "obs_latents": _gather(frames, groups["observations"])[:, :, :, None],
-            "history_latents": _gather(frames, groups["history"])[:, :, :, None],
-        }
+            latents: _gather(frames, groups[images])[:, :, :, None]
+            for images, latents in singles.items() if images in groups
+        }  # fmt: skip
         if clips is None:
             return out | self._pictures({"video": groups["video"]})
         start = groups["video"][:, :1]

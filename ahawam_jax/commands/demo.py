@@ -13,17 +13,15 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from ahawam_jax.commands.flags import CONFIG, WORKDIR, require, run_with_flags
+from ahawam_jax.evaluation.experts import expert_actor
 from ahawam_jax.evaluation.rollouts import Actor, Result, policy_actor, roll_out, table
 from ahawam_jax.inference.policy import Policy
 from ahawam_jax.models.aha_wam import init
 from ahawam_jax.training.loop import train
 from ahawam_jax.training.stopping import Interrupted
-from data_pipelines.simulation.env import AlohaSim
-from data_pipelines.simulation.expert import plan
 from data_pipelines.simulation.rendering import POINTS, check_rendering
 
 TASK = "transfer_cube"
@@ -82,7 +80,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> list[Result]:
     params = jax.jit(lambda: nn.unbox(init(trained.model, jax.random.key(1))))()
     untrained = Policy(trained.model, params, config, trained.statistics, trained.config)
     rows: list[tuple[str, Actor, int | None]] = [
-        ("scripted expert", expert_actor(seeds), None),
+        ("scripted expert", expert_actor(TASK, seeds), None),
         ("untrained", policy_actor(untrained, TASK, EPISODES), trained.config.refresh_every),
         ("trained, blanked images", policy_actor(trained, TASK, EPISODES, blank=True), trained.config.refresh_every),
         ("trained", policy_actor(trained, TASK, EPISODES), trained.config.refresh_every),
@@ -92,17 +90,6 @@ def evaluate(config: ConfigDict, workdir: Path) -> list[Result]:
         results.append(roll_out(name, TASK, seeds, actor, PROCESSES, folder, refresh_every))
         print(f"{name}: {results[-1].success.sum()}/{EPISODES} succeed", flush=True)
     return results
-
-
-def expert_actor(seeds: range) -> Actor:
-    """The scripted expert, which sees the true pose of the cube."""
-    plans = []
-    for seed in seeds:
-        env = AlohaSim(TASK)
-        env.reset(seed)
-        plans.append(plan(env))
-    actions = np.stack(plans)
-    return lambda observation: actions
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -180,7 +180,8 @@ def _encode(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on with what is missing")
+        print("the same command goes on with what is missing", file=sys.stderr)
+        raise
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,37 +1,30 @@
 """Closed-loop rollouts in simulation: many seeds at once, success with an interval, videos."""
 
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ahawam_jax.evaluation.films import write_sheet, write_video
+from ahawam_jax.evaluation.intervals import wilson
 from ahawam_jax.inference.policy import Policy
 from data_pipelines.disk import writing
 from data_pipelines.progress import Progress
-from data_pipelines.simulation.env import EPISODE_STEPS, FPS, INSTRUCTIONS
+from data_pipelines.simulation.env import EPISODE_STEPS, FPS
 from data_pipelines.simulation.parallel import ParallelSims
+from data_pipelines.simulation.tasks import TASKS
 
 FILMED = 6  # episodes in the video and the contact sheet
 RECORD_EVERY = 4  # control steps between two frames of the video
 MOMENTS = 6  # of an episode on the contact sheet
-COLUMNS = ("policy", "success", "rate", "95% interval", "held at the end", "chunk latency", "refreshes/s")
+COLUMNS = ("policy", "success", "rate", "95% interval", "held at the end", "stage", "chunk latency", "refreshes/s")
 
 Observation = tuple[np.ndarray, Mapping[str, np.ndarray]]
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """95 % score interval of a binomial proportion."""
-    z = 1.959964
-    p, n = successes / trials, trials
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +32,16 @@ class Result:
     """Outcome of rollouts on one task."""
 
     name: str
-    success: np.ndarray  # bool [N], the greatest reward was reached
+    stages: np.ndarray  # int [N], the greatest reward of each episode
+    greatest: int  # of the task, that is success
     held: np.ndarray  # bool [N], it still holds at the end
     chunk_ms: float  # mean wall time of one executor call for the whole batch, planner refresh included
     refreshes_per_second: float  # planner refreshes of one episode per second of robot time
+
+    @property
+    def success(self) -> np.ndarray:
+        """bool [N]."""
+        return self.stages == self.greatest
 
     def cells(self) -> tuple[str, ...]:
         """One for each of COLUMNS."""
@@ -51,8 +50,15 @@ class Result:
         speed = (f"{self.chunk_ms:.0f} ms", f"{self.refreshes_per_second:.1f}") if self.chunk_ms else ("-", "-")
         return (
             self.name, f"{count}/{trials}", f"{count / trials:.0%}", f"{low:.0%} - {high:.0%}",
-            f"{int(self.held.sum())}/{trials}", *speed,
+            f"{int(self.held.sum())}/{trials}", f"{self.stages.mean():.2f} of {self.greatest}", *speed,
         )  # fmt: skip
+
+    def outcome(self) -> dict[str, Any]:
+        """For a file of results."""
+        return {
+            "stages": self.stages.tolist(), "greatest": self.greatest, "held": self.held.tolist(),
+            "chunk_ms": round(self.chunk_ms, 1), "refreshes_per_second": round(self.refreshes_per_second, 2),
+        }  # fmt: skip
 
 
 def table(results: Sequence[Result]) -> str:
@@ -69,18 +75,19 @@ Actor = Callable[[Observation], np.ndarray]  # observation of N episodes -> acti
 
 def roll_out(
     name: str, task: str, seeds: Sequence[int], actor: Actor, processes: int, folder: Path | None = None,
-    refresh_every: int | None = None,
+    refresh_every: int | None = None, randomise: bool = False,
 ) -> Result:  # fmt: skip
     """Runs one episode per seed in lockstep, T actions at a time, until the episodes end.
 
     folder: where to write `<name>.mp4` and `<name>.png` of FILMED episodes, spread over the seeds; None: nowhere.
     refresh_every: calls per planner refresh, for the table.
+    randomise: scenes of another look for each seed, see `AlohaSim`.
     """
     # Spread, so that the workers share the drawing.
     film = np.linspace(0, len(seeds) - 1, min(FILMED, len(seeds))).round().astype(int).tolist() if folder else []
     latencies, run, actions = [], 0, None
     progress = Progress(EPISODE_STEPS, f"steps of {len(seeds)} episodes, {name}", stream=sys.stderr)
-    with ParallelSims(task, seeds, processes, film=film) as sims:
+    with ParallelSims(task, seeds, processes, film=film, randomise=randomise) as sims:
         observation = sims.observe()
         while run < EPISODE_STEPS:
             began = time.perf_counter()
@@ -90,7 +97,7 @@ def roll_out(
             run += actions.shape[1]
             progress.add(f"{sims.success.sum()} succeeded", actions.shape[1])
         result = Result(
-            name, sims.success, sims.held,
+            name, sims.stage, TASKS[task].greatest, sims.held,
             1e3 * float(np.mean(latencies[1:])) if refresh_every else 0.0,  # the first call compiles
             len(latencies) / refresh_every / (EPISODE_STEPS / FPS) if refresh_every else 0.0,
         )  # fmt: skip
@@ -109,7 +116,7 @@ def roll_out(
 
 def policy_actor(policy: Policy, task: str, episodes: int, blank: bool = False) -> Actor:
     """A fresh batch of episodes under a policy. `blank` shows it black images: the control that must fail."""
-    state = policy.start([INSTRUCTIONS[task]] * episodes)
+    state = policy.start([TASKS[task].instruction] * episodes)
 
     def act(observation: Observation) -> np.ndarray:
         nonlocal state

@@ -11,8 +11,9 @@ import av
 import numpy as np
 
 # Every second frame is a key frame, so that reading one at random decodes two at most. No B frames: frames are
-# then stored in the order they are shown, and files join without gaps.
-_H264 = {"g": "2", "bf": "0", "crf": "18", "preset": "veryfast", "threads": "1"}
+# then stored in the order they are shown, and files join without gaps. Quantisation is constant and scene cuts get no
+# key frame of their own: either would let a frame look a little different for what was seen long before it.
+_H264 = {"g": "2", "bf": "0", "qp": "20", "sc_threshold": "0", "preset": "veryfast", "threads": "1"}
 _DENOMINATOR = 1001  # of 30000/1001, the largest that frame rates in use have
 _SLOWEST, _FASTEST = 0.01, 10_000  # frames per second that mp4 and float32 time stamps hold
 

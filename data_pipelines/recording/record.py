@@ -20,8 +20,9 @@ from data_pipelines.processes import worker_pool
 from data_pipelines.progress import Progress, say
 from data_pipelines.recording.encoded_video import EncodedVideo, encode_video
 from data_pipelines.recording.lerobot_writer import LeRobotWriter, discard_unfinished
-from data_pipelines.simulation.env import FPS, IMAGE_SIZES, INSTRUCTIONS, STATE_NAMES, AlohaSim, scene_file
+from data_pipelines.simulation.env import FPS, IMAGE_SIZES, STATE_NAMES, AlohaSim, scene_file
 from data_pipelines.simulation.expert import plan
+from data_pipelines.simulation.tasks import TASKS
 
 _RECALL = 0.85  # how much of a disturbance is left one step later: it lasts about a quarter of a second
 _HOPELESS = 50  # attempts without a single success after which recording gives up
@@ -50,13 +51,13 @@ def disturbance(steps: int, noise: float, seed: int) -> np.ndarray:
     return total
 
 
-def record_episode(task: str, seed: int, noise: float) -> Episode | None:
-    """One demonstration, or None if the expert failed to hold the object at the end.
+def record_episode(task: str, seed: int, noise: float, randomise: bool = False) -> Episode | None:
+    """One demonstration, or None if the expert's success does not last to the end.
 
     The disturbance goes to the motors but not into the recorded actions, so that the demonstration shows how to
     come back from where it led.
     """
-    env = AlohaSim(task)
+    env = AlohaSim(task, randomise=randomise)
     env.reset(seed)
     actions = plan(env)
     states = np.empty_like(actions)
@@ -71,9 +72,12 @@ def record_episode(task: str, seed: int, noise: float) -> Episode | None:
     return Episode(states, actions, {_key(c): encode_video(frames, FPS) for c, frames in images.items()})
 
 
-def record(task: str, episodes: int, out: Path, processes: int, noise: float, seed0: int) -> None:
+def record(
+    task: str, episodes: int, out: Path, processes: int, noise: float, seed0: int, randomise: bool = False
+) -> None:
     """Write `episodes` successful demonstrations to the new folder `out`.
 
+    randomise: each shows a scene of another look, see `AlohaSim`.
     Seeds are tried in order from `seed0` and failures left out, so what is written does not depend on `processes`.
     Each attempt is kept in a file beside `out` until the dataset is whole: stopped in whatever way, the same call goes
     on from there. Raises DiskError, WorkerError, and RuntimeError where the expert never succeeds or the simulation's
@@ -82,14 +86,14 @@ def record(task: str, episodes: int, out: Path, processes: int, noise: float, se
     scene_file(task)
     cameras = {_key(camera): size for camera, size in IMAGE_SIZES.items()}
     # Pictures of another renderer are other attempts, too.
-    kind = hashlib.sha256(json.dumps([task, noise, os.environ.get("MUJOCO_GL")]).encode()).hexdigest()[:8]
+    kind = hashlib.sha256(json.dumps([task, noise, randomise, os.environ.get("MUJOCO_GL")]).encode()).hexdigest()[:8]
     attempts = out.with_name(f".{out.name}.attempts-{kind}")
     safe = f"The episodes before are kept in {attempts}; the same command goes on from there."
     progress, kept = Progress(episodes, "episodes"), []
     discard_unfinished(out)  # the attempts hold all of it
     with writing(out, safe), LeRobotWriter(out, FPS, STATE_NAMES, cameras, robot_type="aloha") as writer:
         attempts.mkdir(parents=True, exist_ok=True)
-        with closing(_attempts(task, noise, seed0, processes, attempts, safe)) as files:
+        with closing(_attempts(task, noise, randomise, seed0, processes, attempts, safe)) as files:
             for tried, file in enumerate(files, start=1):
                 if file.stat().st_size:
                     kept.append(file)
@@ -102,27 +106,29 @@ def record(task: str, episodes: int, out: Path, processes: int, noise: float, se
                     )
         for file in kept:
             episode = _load(file)
-            writer.add_episode(episode.states, episode.actions, episode.videos, INSTRUCTIONS[task])
+            writer.add_episode(episode.states, episode.actions, episode.videos, TASKS[task].instruction)
     shutil.rmtree(attempts)
     say(f"{out}: {len(kept)} episodes in {progress.seconds:.0f} s")
 
 
-def _attempts(task: str, noise: float, seed0: int, processes: int, folder: Path, safe: str) -> Iterator[Path]:
+def _attempts(
+    task: str, noise: float, randomise: bool, seed0: int, processes: int, folder: Path, safe: str
+) -> Iterator[Path]:
     """The file of each seed's attempt, in order, without end; an empty one where the expert failed."""
     seeds = itertools.count(seed0)
     pending: deque[Future] = deque()
     with worker_pool(processes, safe) as pool:
         while True:
             while len(pending) < 2 * processes:
-                pending.append(pool.submit(_attempt, task, next(seeds), noise, folder))
+                pending.append(pool.submit(_attempt, task, next(seeds), noise, randomise, folder))
             yield pending.popleft().result()
 
 
-def _attempt(task: str, seed: int, noise: float, folder: Path) -> Path:
+def _attempt(task: str, seed: int, noise: float, randomise: bool, folder: Path) -> Path:
     """Runs in a worker."""
     path = folder / f"{seed}.npz"
     if not path.exists():
-        episode = record_episode(task, seed, noise)
+        episode = record_episode(task, seed, noise, randomise)
         with whole_file(path) as partial, partial.open("wb") as file:
             if episode is not None:
                 _save(episode, file)

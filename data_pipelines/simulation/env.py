@@ -4,35 +4,28 @@ Uses the scene files that ship with `gym-aloha` without importing its environmen
 views at every step and is therefore hundreds of times slower than the physics.
 """
 
+import copy
 import functools
 import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mujoco
 import numpy as np
 
+from data_pipelines.simulation.looks import add_things, dress
 from data_pipelines.simulation.rendering import POINTS, FilmRenderer, PointRenderer, Renderer, check_rendering
+from data_pipelines.simulation.tasks import TASKS, Scene
 
 FPS = 25
 EPISODE_STEPS = 155  # 6.2 s
-MAX_REWARD = 4
 
 CAMERAS = {"cam_high": "top", "cam_left_wrist": "left_wrist", "cam_right_wrist": "right_wrist"}
 IMAGE_SIZES = {"cam_high": (64, 128), "cam_left_wrist": (64, 64), "cam_right_wrist": (64, 64)}
 ARM_JOINTS = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate")
 STATE_NAMES = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in (*ARM_JOINTS, "gripper"))
-INSTRUCTIONS = {
-    "transfer_cube": "pick up the red cube with the right arm and hand it over to the left arm",
-    "insertion": "pick up the red peg and the blue socket and insert the peg into the socket",
-}
-
-# Half-open boxes (low, high) in metres, as in gym-aloha. Every object starts upright, quaternion (1, 0, 0, 0).
-_OBJECT_RANGES = {
-    "transfer_cube": (((0.0, 0.4, 0.05), (0.2, 0.6, 0.05)),),
-    "insertion": (((0.1, 0.4, 0.05), (0.2, 0.6, 0.05)), ((-0.2, 0.4, 0.05), (-0.1, 0.6, 0.05))),
-}
 _START_POSE = np.array([0, -0.96, 1.16, 0, -0.3, 0, 0.02239, -0.02239] * 2)
 _FINGER_CLOSED, _FINGER_OPEN = 0.01844, 0.058  # metres, finger slide at gripper 0 and at gripper 1
 _LARGEST_IMAGE = (480, 640)  # height, width in pixels of the drawing buffer
@@ -50,28 +43,31 @@ _ARM_QPOS = np.array([*range(6), *range(8, 14)])
 _GRIPPER_STATE = np.array([6, 13])
 _FINGER_QPOS = np.array([6, 14])
 
-_LEFT_FINGER = "vx300s_left/10_left_gripper_finger"
-_RIGHT_FINGER = "vx300s_right/10_right_gripper_finger"
-_SOCKET = ("socket-1", "socket-2", "socket-3", "socket-4")
-
 
 def scene_file(task: str) -> Path:
     """The MuJoCo scene of `task` in gym-aloha's files. Raises ValueError, and RuntimeError where they are missing."""
-    if task not in _OBJECT_RANGES:
-        raise ValueError(f"Unknown task {task!r}: expected one of {', '.join(_OBJECT_RANGES)}.")
+    if task not in TASKS:
+        raise ValueError(f"Unknown task {task!r}: expected one of {', '.join(TASKS)}.")
     spec = importlib.util.find_spec("gym_aloha")
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError(
             "The simulation uses the scene files of gym-aloha 0.1.5, which is not installed: run "
             "`pip install --no-deps gym-aloha==0.1.5`. What it depends on is not needed."
         )
-    return Path(spec.submodule_search_locations[0]) / "assets" / f"bimanual_viperx_{task}.xml"
+    return Path(spec.submodule_search_locations[0]) / "assets" / TASKS[task].file
 
 
 @functools.cache
-def load_model(task: str) -> mujoco.MjModel:
-    """The compiled scene of `task`, shared by every environment of a process (compiling takes a second)."""
-    model = mujoco.MjModel.from_xml_path(str(scene_file(task)))
+def load_model(task: str, randomise: bool = False) -> mujoco.MjModel:
+    """The compiled scene of `task`, shared by every environment of a process (compiling takes a second).
+
+    randomise: with things that lie about, see `looks`; its environments have a copy each.
+    """
+    spec = mujoco.MjSpec.from_file(str(scene_file(task)))
+    TASKS[task].build(spec)
+    if randomise:
+        add_things(spec)
+    model = spec.compile()
     for camera, degrees in _FOVY.items():
         model.cam_fovy[model.camera(camera).id] = degrees
     film = model.camera(_FILM_CAMERA)
@@ -82,36 +78,48 @@ def load_model(task: str) -> mujoco.MjModel:
 
 
 @functools.cache
-def _renderer(task: str) -> Renderer | PointRenderer:
+def _renderer(task: str, randomise: bool) -> Renderer | PointRenderer:
     """One off-screen buffer for all environments of a process that draw the same scene."""
     if os.environ.get("MUJOCO_GL") == POINTS:
+        if randomise:
+            raise RuntimeError(f"MUJOCO_GL={POINTS} has no light to draw randomised scenes in: use egl or osmesa.")
         return PointRenderer(load_model(task))
     try:
-        return Renderer(load_model(task), *_LARGEST_IMAGE)
+        return Renderer(load_model(task, randomise), *_LARGEST_IMAGE)
     except Exception as error:  # whatever a missing or broken driver raises
         raise RuntimeError(check_rendering() or f"MuJoCo cannot draw: {error}") from error
 
 
 @functools.cache
-def _film_renderer(task: str) -> Renderer | PointRenderer:
-    if isinstance(_renderer(task), PointRenderer):
-        return _renderer(task)
-    return FilmRenderer(load_model(task), *FILM_SIZE, _PAINT)
+def _film_renderer(task: str, randomise: bool) -> Renderer | PointRenderer:
+    if isinstance(_renderer(task, randomise), PointRenderer):
+        return _renderer(task, randomise)
+    return FilmRenderer(load_model(task, randomise), *FILM_SIZE, _PAINT)
 
 
 class AlohaSim:
     """One simulated pair of arms.
 
     Args:
-        task: "transfer_cube" or "insertion".
+        task: one of `TASKS`.
         image_sizes: (height, width) in pixels of each view that `images` returns; the keys are a subset of
             cam_high, cam_left_wrist and cam_right_wrist. Default `IMAGE_SIZES`.
         rate: actions per second; stock gym-aloha has 50.
+        randomise: each seed has a look of its own, see `looks`; arms and objects move as without.
+
+    Attributes:
+        scene: what was drawn for this episode beside the objects' poses, see `Task.draw`.
+        stage: the greatest reward of any step since the last reset, 0 .. `Task.greatest`.
     """
 
-    def __init__(self, task: str, image_sizes: Mapping[str, tuple[int, int]] | None = None, rate: int = FPS) -> None:
-        self.task = task
-        self.model = load_model(task)
+    def __init__(
+        self, task: str, image_sizes: Mapping[str, tuple[int, int]] | None = None, rate: int = FPS,
+        randomise: bool = False,
+    ) -> None:  # fmt: skip
+        self.model = load_model(task, randomise)
+        self.task, self.rules, self._randomise = task, TASKS[task], randomise
+        if randomise:
+            self.model = copy.copy(self.model)
         self.data = mujoco.MjData(self.model)
         self.image_sizes = dict(IMAGE_SIZES if image_sizes is None else image_sizes)
         unknown = set(self.image_sizes) - set(CAMERAS)
@@ -121,10 +129,19 @@ class AlohaSim:
         self._geom_names = [self.model.geom(i).name for i in range(self.model.ngeom)]
         self.reset(seed=0)
 
-    def reset(self, seed: int) -> None:
-        """Arms to their start pose, objects to a pose drawn from `numpy.random.default_rng(seed)`."""
+    def reset(self, seed: int, **scene: Any) -> None:
+        """Arms to their start pose, objects and scene to what `numpy.random.default_rng(seed)` draws.
+
+        scene: what of `self.scene` is to be this instead, as in `reset(3, marked=1)`.
+        """
         rng = np.random.default_rng(seed)
-        poses = [np.append(rng.uniform(low, high), (1, 0, 0, 0)) for low, high in _OBJECT_RANGES[self.task]]
+        poses = [np.append(rng.uniform(low, high), (1, 0, 0, 0)) for low, high in self.rules.objects]
+        self.scene: Scene = self.rules.draw(rng)
+        if unknown := set(scene) - set(self.scene):
+            raise ValueError(f"{self.task} draws {sorted(self.scene)} for an episode, not {sorted(unknown)[0]!r}.")
+        self.scene |= scene
+        if self._randomise:
+            dress(self.model, load_model(self.task, True), seed)
         self.reset_objects(np.stack(poses))
 
     def reset_objects(self, poses: np.ndarray) -> None:
@@ -133,12 +150,20 @@ class AlohaSim:
         self.data.qpos[:16] = _START_POSE
         self.data.ctrl[:] = _START_POSE
         self.data.qpos[16:] = np.asarray(poses).reshape(-1)
+        self._taken = 0
+        self.rules.act(self.data, self.scene, 0)
         # Contacts and accelerations of the first state, before any actuator has a say (as stock gym-aloha).
         flags = self.model.opt.disableflags
         self.model.opt.disableflags = flags | mujoco.mjtDisableBit.mjDSBL_ACTUATION
         mujoco.mj_forward(self.model, self.data)
         self.model.opt.disableflags = flags
-        self._success = False
+        self.stage = 0
+
+    def copy(self) -> "AlohaSim":
+        """Another one in the same state, which goes its own way."""
+        twin = copy.copy(self)
+        twin.data, twin.scene = copy.copy(self.data), dict(self.scene)
+        return twin
 
     def step(self, action: np.ndarray) -> None:
         """Hold one action [14] (radians; grippers 0 closed .. 1 open) for 1 / rate seconds."""
@@ -155,8 +180,10 @@ class AlohaSim:
         # The first half step was computed when the last step ended, so that contacts are those of the new state.
         mujoco.mj_step2(self.model, self.data)
         mujoco.mj_step(self.model, self.data, self._substeps - 1)
+        self._taken += 1
+        self.rules.act(self.data, self.scene, self._taken)
         mujoco.mj_step1(self.model, self.data)
-        self._success = self._success or self.held
+        self.stage = max(self.stage, self.reward())
 
     def state(self) -> np.ndarray:
         """Measured arms, float32 [14]: radians, grippers 0 closed .. 1 open; left arm first."""
@@ -175,49 +202,25 @@ class AlohaSim:
 
     def render(self, camera: str, size: tuple[int, int]) -> np.ndarray:
         """One view of now at `size` (height, width), at most 480x640: uint8 [height, width, 3] RGB."""
-        return _renderer(self.task).draw(self.data, CAMERAS[camera], size)
+        return _renderer(self.task, self._randomise).draw(self.data, CAMERAS[camera], size)
 
     def film(self) -> np.ndarray:
         """Both arms from in front, for people: uint8 [240, 480, 3] RGB."""
-        return _film_renderer(self.task).draw(self.data, _FILM_CAMERA, FILM_SIZE)
+        return _film_renderer(self.task, self._randomise).draw(self.data, _FILM_CAMERA, FILM_SIZE)
 
     def reward(self) -> int:
-        """The reward of stock gym-aloha, 0..4, of the present contacts."""
+        """The stage of now, 0 .. `Task.greatest`; of transfer cube and insertion it is stock gym-aloha's reward."""
         names = self._geom_names
         contact = self.data.contact
         pairs = {(names[a], names[b]) for a, b in zip(contact.geom1, contact.geom2, strict=True)}
-        return _transfer_reward(pairs) if self.task == "transfer_cube" else _insertion_reward(pairs)
+        return self.rules.reward(self.data, self.scene, pairs)
 
     @property
     def held(self) -> bool:
         """Whether the greatest reward holds now."""
-        return self.reward() == MAX_REWARD
+        return self.reward() == self.rules.greatest
 
     @property
     def success(self) -> bool:
         """Whether the greatest reward held after any step since the last reset."""
-        return self._success
-
-
-# The stock reward sees a contact in one order of its two geoms only, and so do these.
-
-
-def _transfer_reward(pairs: set[tuple[str, str]]) -> int:
-    left, right = ("red_box", _LEFT_FINGER) in pairs, ("red_box", _RIGHT_FINGER) in pairs
-    lifted = ("red_box", "table") not in pairs
-    if left:
-        return 4 if lifted else 3
-    if right:
-        return 2 if lifted else 1
-    return 0
-
-
-def _insertion_reward(pairs: set[tuple[str, str]]) -> int:
-    if ("red_peg", "pin") in pairs:
-        return 4
-    lifted = ("red_peg", "table") not in pairs and not any((part, "table") in pairs for part in _SOCKET)
-    if lifted and any(("red_peg", part) in pairs for part in _SOCKET):
-        return 3
-    if ("red_peg", _RIGHT_FINGER) in pairs and any((part, _LEFT_FINGER) in pairs for part in _SOCKET):
-        return 2 if lifted else 1
-    return 0
+        return self.stage == self.rules.greatest

@@ -20,6 +20,9 @@ _TOLERANCE = 1e-4
 _JOINTS = {"left": slice(0, 6), "right": slice(8, 14)}  # the same in qpos, in velocities and in joint numbers
 _FOREARM_ROLL = 3
 _BASE = {"left": np.array([-0.469, 0.5]), "right": np.array([0.469, 0.5])}  # metres, x and y of the waist axis
+LIFTED = 52  # steps of *remember* that are the same whichever plate was marked
+CLOSES = 76  # steps of *react* after which the hand closes
+_FASTEST = 0.016  # metres a step: 0.4 m/s
 _FORWARD = {"left": 0.0, "right": np.pi}  # radians about z: each arm looks at the other
 
 
@@ -42,18 +45,39 @@ class Waypoint:
     gripper: float
 
 
-def plan(env: AlohaSim) -> np.ndarray:
-    """Actions that solve the task from the state just after `env.reset`: float32 [EPISODE_STEPS, 14]."""
-    objects = env.objects()[:, :3]
-    left, right = _transfer(*objects) if env.task == "transfer_cube" else _insertion(*objects)
-    solver = _InverseKinematics(env)
-    paths = {side: _interpolate(solver.start(side), path) for side, path in (("left", left), ("right", right))}
+def plan(env: AlohaSim, plate: int | None = None, delay: int | None = None) -> np.ndarray:
+    """Actions that solve the task from the state just after `env.reset`: float32 [EPISODE_STEPS, 14].
+
+    An expert that knows less shows what a task needs:
+        plate: of *remember*, the number of the plate that it puts the cube on; None for the one that was marked.
+        delay: of *react*, how many steps old is what it sees of the cube; None for the scene's reaction time.
+    """
+    solver, objects = _InverseKinematics(env), env.objects()[:, :3]
+    starts = {side: solver.start(side) for side in _JOINTS}
+    chase = None
+    if env.task == "react":
+        chase = _Chase(env, env.scene["reaction"] if delay is None else delay)
+
+    def paths() -> dict[str, np.ndarray]:
+        if env.task == "transfer_cube":
+            left, right = _transfer(*objects)
+        elif env.task == "insertion":
+            left, right = _insertion(*objects)
+        elif env.task == "remember":
+            left, right = [], _remember(*objects, env.rules.plates[env.scene["marked"] if plate is None else plate])
+        else:
+            left, right = [], _react(chase.cube)
+        return {"left": _interpolate(starts["left"], left), "right": _interpolate(starts["right"], right)}
+
+    path = paths()
     actions = np.empty((EPISODE_STEPS, 14), np.float32)
     for step in range(EPISODE_STEPS):
-        joints = solver.solve({side: path[step, :5] for side, path in paths.items()})
-        actions[step] = np.concatenate(
-            [joints["left"], paths["left"][step, 5:], joints["right"], paths["right"][step, 5:]]
-        )
+        joints = solver.solve({side: rows[step, :5] for side, rows in path.items()})
+        grippers = {side: rows[step, 5:] for side, rows in path.items()}
+        actions[step] = np.concatenate([part[side] for side in _JOINTS for part in (joints, grippers)])
+        if chase:
+            chase.step(actions[step])
+            path = paths()
     return actions
 
 
@@ -108,8 +132,60 @@ def _insertion(peg: np.ndarray, socket: np.ndarray) -> tuple[list[Waypoint], lis
     return left, path("right", np.array([*peg[:2], 0.022]), np.array([1, 0, 0]))
 
 
+def _remember(cube: np.ndarray, plate: np.ndarray) -> list[Waypoint]:
+    """The right arm lifts the cube, and only then, at LIFTED, the way to one plate is not the way to the other."""
+    down, grasp, put = 1.05, np.array([*cube[:2], 0.022]), np.array([*plate, 0.024])
+    roll, turned = _roll_along_y("right", grasp, down), _roll_along_y("right", put, down)
+    up = np.array([0, 0, 0.08])
+    return [
+        Waypoint(24, grasp + up, down, roll, 1),
+        Waypoint(36, grasp, down, roll, 1),
+        Waypoint(44, grasp, down, roll, 0),
+        Waypoint(LIFTED, grasp + up, down, roll, 0),
+        Waypoint(80, put + up, down, turned, 0),
+        Waypoint(96, put, down, turned, 0),
+        Waypoint(104, put, down, turned, 1),
+        Waypoint(124, put + up, down, turned, 1),
+    ]
+
+
+def _react(cube: np.ndarray) -> list[Waypoint]:
+    """The right arm waits above the cube, comes down on it and lifts it."""
+    down, grasp = 1.05, np.array([*cube[:2], 0.022])
+    roll, up = _roll_along_y("right", grasp, down), np.array([0, 0, 0.1])
+    return [
+        Waypoint(36, grasp + up, down, roll, 1),
+        Waypoint(62, grasp + 0.7 * up, down, roll, 1),
+        Waypoint(CLOSES, grasp, down, roll, 1),
+        Waypoint(CLOSES + 10, grasp, down, roll, 0),
+        Waypoint(114, np.array([0.1, 0.5, 0.25]), down, 0, 0),
+    ]
+
+
+class _Chase:
+    """Where the cube is, to an expert that sees it `delay` steps late and leads its hand no faster than _FASTEST.
+
+    Plays the episode that its actions make, to see what comes of them.
+    """
+
+    def __init__(self, env: AlohaSim, delay: int) -> None:
+        self._twin, self._delay = env.copy(), delay
+        self._seen = [env.objects()[0, :3]]
+        self.cube = self._seen[0].copy()
+
+    def step(self, action: np.ndarray) -> None:
+        """After an action: looks, until the hand closes."""
+        self._twin.step(action)
+        self._seen.append(self._twin.objects()[0, :3])
+        now = len(self._seen) - 1
+        if now <= CLOSES:
+            off = self._seen[max(now - self._delay, 0)] - self.cube
+            self.cube = self.cube + off * min(1, _FASTEST / max(np.hypot(*off[:2]), 1e-9))
+
+
 def _interpolate(start: np.ndarray, waypoints: list[Waypoint]) -> np.ndarray:
     """[EPISODE_STEPS, 6] of (x, y, z, pitch, roll, gripper), slow at both ends of every leg."""
+    waypoints = waypoints or [Waypoint(EPISODE_STEPS, start[:3], *start[3:])]  # none: it stays where it is
     rows = np.stack([start] + [np.array([*w.position, w.pitch, w.roll, w.gripper]) for w in waypoints])
     steps = np.array([0] + [w.step for w in waypoints])
     now = np.arange(1, EPISODE_STEPS + 1)  # the action of step t says where to be when it ends

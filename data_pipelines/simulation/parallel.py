@@ -20,19 +20,20 @@ import numpy as np
 from data_pipelines.processes import WorkerError, ending, out_of_reach_of_ctrl_c
 from data_pipelines.simulation.env import AlohaSim, scene_file
 from data_pipelines.simulation.rendering import check_rendering
+from data_pipelines.simulation.tasks import TASKS
 
 
 class ParallelSims:
     """One environment per seed, spread over worker processes that end with this object or its process.
 
     Args:
-        task, image_sizes: as for `AlohaSim`.
+        task, image_sizes, randomise: as for `AlohaSim`.
         seeds: one environment each; N of them.
         processes: how many workers; more than seeds are not started.
         film: numbers (0 .. N-1) of the environments of which `run` collects frames.
 
     Attributes:
-        success, held: bool [N], as in `AlohaSim`, after the latest `run`.
+        stage: int [N], and success, held: bool [N], as in `AlohaSim`, after the latest `run`.
         films: {number: list of uint8 [240, 480, 3] frames, see `AlohaSim.film`}.
     """
 
@@ -43,10 +44,12 @@ class ParallelSims:
         processes: int,
         image_sizes: Mapping[str, tuple[int, int]] | None = None,
         film: Sequence[int] = (),
+        randomise: bool = False,
     ) -> None:
         if not len(seeds) or processes < 1:
             raise ValueError(f"Got {len(seeds)} seeds and {processes} processes: expected at least one of each.")
         scene_file(task)  # what the workers would miss is said here
+        self._greatest = TASKS[task].greatest
         if problem := check_rendering():  # also chooses MUJOCO_GL, which the workers inherit
             raise RuntimeError(problem)
         self.films: dict[int, list[np.ndarray]] = {int(number): [] for number in film}
@@ -58,7 +61,7 @@ class ParallelSims:
         for group in self._groups:
             self._workers.append(_start_worker())
             filmed = [i for i, number in enumerate(group) if number in self.films]
-            tasks.append((task, [int(seeds[i]) for i in group], image_sizes, filmed))
+            tasks.append((task, [int(seeds[i]) for i in group], image_sizes, filmed, randomise))
         self._exchange(tasks)
 
     def observe(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -106,10 +109,11 @@ class ParallelSims:
             if isinstance(reply, str):
                 self.close()
                 raise RuntimeError(f"A simulation worker failed:\n{reply}")
-        states, images, success, held, films = zip(*replies, strict=True)
+        states, images, stage, held, films = zip(*replies, strict=True)
         self._states = np.concatenate(states)
         self._images = {camera: np.concatenate([group[camera] for group in images]) for camera in images[0]}
-        self.success, self.held = np.concatenate(success), np.concatenate(held)
+        self.stage, self.held = np.concatenate(stage), np.concatenate(held)
+        self.success = self.stage == self._greatest
         for group, frames in zip(self._groups, films, strict=True):
             for i, new in frames.items():
                 self.films[int(group[i])] += new
@@ -144,8 +148,8 @@ def _work(descriptor: int) -> None:
     """A worker's life: set up, then for each request run its actions and say what is to be seen."""
     connection = Connection(descriptor)
     try:
-        task, seeds, image_sizes, filmed = connection.recv()
-        sims = [AlohaSim(task, image_sizes) for _ in seeds]
+        task, seeds, image_sizes, filmed, randomise = connection.recv()
+        sims = [AlohaSim(task, image_sizes, randomise=randomise) for _ in seeds]
         for sim, seed in zip(sims, seeds, strict=True):
             sim.reset(seed)
         actions, record_every, taken = np.empty((len(sims), 0, 14)), None, 0
@@ -162,7 +166,7 @@ def _work(descriptor: int) -> None:
                 (
                     np.stack([sim.state() for sim in sims]),
                     {camera: np.stack([view[camera] for view in views]) for camera in sims[0].image_sizes},
-                    np.array([sim.success for sim in sims]),
+                    np.array([sim.stage for sim in sims]),
                     np.array([sim.held for sim in sims]),
                     films,
                 )

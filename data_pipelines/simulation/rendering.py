@@ -61,7 +61,8 @@ def _works(backend: str) -> bool:
 
 
 class Renderer:
-    """Draws the named cameras of one model into one off-screen buffer of `height` x `width` pixels.
+    """Draws the named cameras of one model, or of copies with other colours and places, into one off-screen buffer
+    of `height` x `width` pixels.
 
     A thin layer over MuJoCo's drawing calls: `mujoco.Renderer` would need one GL context per picture size.
     """
@@ -90,6 +91,10 @@ class Renderer:
         """What `camera` sees, uint8 [height, width, 3] RGB; `size` is (height, width) in pixels."""
         return self._draw(data, camera, size, None)
 
+    def _seen(self, model: mujoco.MjModel) -> mujoco.MjModel:
+        """What is drawn of a scene."""
+        return model
+
     def _draw(
         self, data: mujoco.MjData, camera: str | int, size: tuple[int, int], depth: np.ndarray | None
     ) -> np.ndarray:
@@ -105,7 +110,7 @@ class Renderer:
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FREE if number < 0 else mujoco.mjtCamera.mjCAMERA_FIXED
         self._gl.make_current()
         mujoco.mjv_updateScene(
-            self._model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
+            self._seen(data.model), data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
         )
         view = mujoco.MjrRect(0, 0, width, height)
         mujoco.mjr_render(view, self._scene, self._context)
@@ -117,21 +122,27 @@ class Renderer:
 class FilmRenderer(Renderer):
     """Draws for people: the arms' meshes, shadows, smooth edges, a light backdrop; ten times as slow.
 
-    paint: colours (red, green, blue, 0..1) of the geoms whose names begin so.
+    paint: colours (red, green, blue, 0..1) of the geoms whose names begin so, where they have those of `model`.
     """
 
     def __init__(
         self, model: mujoco.MjModel, height: int, width: int, paint: Mapping[str, tuple[float, float, float]]
     ) -> None:
-        model = copy.copy(model)  # what a policy sees keeps its colours
-        for geom in range(model.ngeom):
-            for name, colour in paint.items():
-                if model.geom(geom).name.startswith(name):
-                    model.geom_rgba[geom, :3] = colour
+        names = [model.geom(geom).name for geom in range(model.ngeom)]
+        self._paint = {i: c for i, name in enumerate(names) for start, c in paint.items() if name.startswith(start)}
+        self._plain = model.geom_rgba.copy()
+        model = copy.copy(model)
         model.vis.quality.shadowsize = _SHADOW
         super().__init__(model, _FINER * height, _FINER * width)
         self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = True
         self._option.flags[mujoco.mjtVisFlag.mjVIS_CONVEXHULL] = False
+
+    def _seen(self, model: mujoco.MjModel) -> mujoco.MjModel:
+        painted = copy.copy(model)  # what a policy sees keeps its colours
+        for geom, colour in self._paint.items():
+            if np.array_equal(painted.geom_rgba[geom], self._plain[geom]):
+                painted.geom_rgba[geom, :3] = colour
+        return painted
 
     def draw(self, data: mujoco.MjData, camera: str | int, size: tuple[int, int]) -> np.ndarray:
         """As `Renderer.draw`."""

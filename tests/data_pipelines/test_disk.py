@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import os
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def test_what_a_killed_writer_left_is_not_taken_for_the_file(tmp_path: Path) -> 
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_text() == "all"
 
 
-def test_two_writers_do_not_meet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_two_writers_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second finds the first one's file under its own name, and writes another."""
     path, inside, go_on = tmp_path / "file", threading.Event(), threading.Event()
 
@@ -114,11 +115,13 @@ def test_two_writers_do_not_meet(tmp_path: Path, capfd: pytest.CaptureFixture[st
             seen.append((path.read_text(), partial.read_text()))
             partial.write_text("second")
 
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
     seen, threads = [], [threading.Thread(target=first), threading.Thread(target=second)]
     threads[0].start()
     assert inside.wait(30)
     threads[1].start()
-    while "waiting for another process, which writes file" not in capfd.readouterr().err:
+    while "waiting for another process, which writes file" not in said.getvalue():
         assert threads[1].is_alive()
     go_on.set()
     for thread in threads:

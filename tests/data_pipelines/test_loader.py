@@ -171,7 +171,8 @@ def test_memory_stays_flat(hosts: list[ProcessPoolExecutor], root: Path) -> None
 
 
 JOB = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background inherits that it is ignored
 from data_pipelines.readers.opening import open_episodes
 from data_pipelines.canvas import Canvas
 from data_pipelines.caches.frame_cache import DecodingFrames

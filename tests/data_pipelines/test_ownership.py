@@ -1,6 +1,7 @@
 """One owner at a time: between processes, after a death, across forks, without locks and between machines."""
 
 import errno
+import io
 import json
 import os
 import signal
@@ -80,12 +81,13 @@ def test_what_is_not_given_up_ends_with_the_process(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_waiting_for_the_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_waiting_for_the_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ownership, "POLL", 0.01)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
     first, got = Owner(tmp_path, "part"), []
     thread = threading.Thread(target=lambda: got.append(Owner(tmp_path, "part", wait=True)))
     thread.start()
-    while "waiting for it" not in (said := capsys.readouterr().err):
+    while "waiting for it" not in (said := sys.stderr.getvalue()):
         time.sleep(0.01)
     assert f"{tmp_path / 'part'} is being written by process {os.getpid()}" in said and not got
     Owner(tmp_path, "another part").release()  # does not wait

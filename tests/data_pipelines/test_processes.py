@@ -51,16 +51,18 @@ def fail(number: int) -> int:
     ],
 )
 def test_the_end_of_a_worker_is_an_error(function, argument: int, words: str) -> None:
+    before = set(multiprocessing.active_children())  # those that another test left to the collector are not this one's
     with pytest.raises(WorkerError, match=f"^A worker process {words}.*{SAFE}$"), worker_pool(2, SAFE) as pool:
         pool.submit(function, argument).result(60)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_an_error_ends_the_others_at_once() -> None:
+    before = set(multiprocessing.active_children())
     with pytest.raises(ValueError, match="number 3"), worker_pool(2, SAFE) as pool:
         other = pool.submit(time.sleep, 300)
         pool.submit(fail, 3).result(60)
-    assert not multiprocessing.active_children() and isinstance(other.exception(), BrokenProcessPool)
+    assert set(multiprocessing.active_children()) <= before and isinstance(other.exception(), BrokenProcessPool)
 
 
 def reached_by_ctrl_c(seconds: float) -> tuple[int, bool]:

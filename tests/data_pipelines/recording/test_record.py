@@ -173,19 +173,22 @@ def test_disturbance_settles_at_its_standard_deviation() -> None:
     np.testing.assert_array_equal(disturbance(155, 0.02, 5), noise[5])
 
 
-def test_recorded_actions_are_the_undisturbed_ones(drawing: None) -> None:
-    sim = AlohaSim("transfer_cube")
+@pytest.mark.parametrize("task", ["transfer_cube", "remember", "react"])
+def test_recorded_actions_are_the_undisturbed_ones(task: str, drawing: None) -> None:
+    sim = AlohaSim(task)
     sim.reset(1000)
-    clean, disturbed = record_episode("transfer_cube", 1000, 0.0), record_episode("transfer_cube", 1000, 0.01)
+    clean, disturbed = record_episode(task, 1000, 0.0), record_episode(task, 1000, 0.01)
     expected = plan(sim)
     np.testing.assert_array_equal(clean.actions, expected)
     np.testing.assert_array_equal(disturbed.actions, expected)
     np.testing.assert_array_equal(clean.states[0], sim.state())
     deviation = np.abs(disturbed.states - clean.states)
     assert deviation[-1].max() > 1e-3 and deviation[0].max() == 0
-    sim.step(expected[0])
-    np.testing.assert_array_equal(clean.states[1], sim.state())
-    assert record_episode("transfer_cube", 1000, 0.5) is None  # far too much: nothing is held at the end
+    for row, (action, noise) in enumerate(zip(expected, disturbance(len(expected), 0.01, 1000), strict=True)):
+        np.testing.assert_array_equal(disturbed.states[row], sim.state())
+        sim.step(action + noise)
+    assert sim.held
+    assert record_episode(task, 1000, 0.5) is None  # far too much: nothing is held at the end
 
 
 def test_recording_does_not_depend_on_the_number_of_processes(tmp_path: Path, drawing: None) -> None:
@@ -216,7 +219,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The seeds that were tried; every third attempt fails. Workers are threads."""
     tried = []
 
-    def attempt(task: str, seed: int, noise: float) -> Episode | None:
+    def attempt(task: str, seed: int, noise: float, randomise: bool) -> Episode | None:
         tried.append(seed)
         if seed % 3 == 0:
             return None
@@ -266,10 +269,10 @@ def throw(error: Exception) -> None:
 
 
 def test_attempts_of_another_kind_are_not_taken(attempts: list[int], tmp_path: Path) -> None:
-    for noise in (0.0, 0.5):
+    for noise, randomise in ((0.0, False), (0.5, False), (0.5, True)):
         with files_end_at(1), pytest.raises(DiskError):
-            record("insertion", 1, tmp_path / "set", 1, noise, 100)
-    assert len(list(tmp_path.glob(".set.attempts-*"))) == 2
+            record("insertion", 1, tmp_path / "set", 1, noise, 100, randomise)
+    assert len(list(tmp_path.glob(".set.attempts-*"))) == 3
 
 
 def test_a_killed_worker_ends_the_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

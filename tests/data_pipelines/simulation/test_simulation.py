@@ -16,7 +16,8 @@ from data_pipelines.simulation.env import EPISODE_STEPS, FILM_SIZE, IMAGE_SIZES,
 from data_pipelines.simulation.expert import plan
 from data_pipelines.simulation.parallel import ParallelSims
 
-TASKS = ("transfer_cube", "insertion")
+STOCK = ("transfer_cube", "insertion")
+TASKS = (*STOCK, "remember", "react")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def rollout(sim: AlohaSim, seed: int) -> list[int]:
     return rewards
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", STOCK)
 def test_agrees_with_stock_gym_aloha(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", "disable")  # read by dm_control when it is imported
     from dm_control import mujoco
@@ -90,7 +91,7 @@ def test_expert_is_a_smooth_function_of_the_scene(task: str) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_reset_draws_objects_from_the_stock_ranges(task: str) -> None:
+def test_reset_draws_objects_from_their_ranges(task: str) -> None:
     sim = AlohaSim(task)
     poses = []
     for seed in range(50):
@@ -98,11 +99,16 @@ def test_reset_draws_objects_from_the_stock_ranges(task: str) -> None:
         poses.append(sim.objects())
     poses = np.stack(poses)
     # (x, y) ranges of the objects in metres.
-    ranges = {"transfer_cube": [(0, 0.2)], "insertion": [(0.1, 0.2), (-0.2, -0.1)]}[task]
-    for i, (low, high) in enumerate(ranges):
-        x, y = poses[:, i, 0], poses[:, i, 1]
-        assert low <= x.min() < low + 0.02 and high - 0.02 < x.max() <= high
-        assert 0.4 <= y.min() < 0.42 and 0.58 < y.max() <= 0.6
+    ranges = {
+        "transfer_cube": [((0, 0.2), (0.4, 0.6))],
+        "insertion": [((0.1, 0.2), (0.4, 0.6)), ((-0.2, -0.1), (0.4, 0.6))],
+        "remember": [((0.12, 0.2), (0.45, 0.55))],
+        "react": [((0.1, 0.18), (0.46, 0.54))],
+    }[task]
+    for i, bounds in enumerate(ranges):
+        for axis, (low, high) in enumerate(bounds):
+            drawn, edge = poses[:, i, axis], 0.1 * (high - low)
+            assert low <= drawn.min() < low + edge and high - edge < drawn.max() <= high
     np.testing.assert_array_equal(poses[..., 2:], np.broadcast_to([0.05, 1, 0, 0, 0], poses[..., 2:].shape))
     sim.reset(49)
     np.testing.assert_array_equal(sim.objects(), poses[-1])

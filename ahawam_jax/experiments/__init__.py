@@ -1,0 +1,1 @@
+"""Studies: variants as frozen records, results as JSON lines, pages made from them."""
