@@ -61,7 +61,7 @@ test-isa: install-dev
 test-newest: VENV := .venv-newest
 test-newest:
 	$(make_environment)
-	$(INSTALL) --upgrade --upgrade-strategy eager --editable ".[export,tfds,sim,parity,dev]"
+	$(INSTALL) --upgrade --upgrade-strategy eager --editable ".[export,tfds,study,parity,dev]"
 	$(INSTALL) --no-deps $(SCENES) $(PHYSICS)
 	$(RUN) -c 'import jax, sys; print("JAX", jax.__version__, "on Python", sys.version)'
 	$(PYTEST)

@@ -7,6 +7,7 @@ the velocity is noise - data.
 import functools
 from collections.abc import Callable
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,18 +86,63 @@ def euler_step(prediction: jax.Array, x: jax.Array, level: jax.Array, delta: jax
     return x + velocity * delta, velocity
 
 
-def euler(predict: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, levels: np.ndarray, kind: str):
+@flax.struct.dataclass
+class Guide:
+    """Where the clean estimate is pulled while sampling: real-time chunking as inpainting (arXiv 2506.07339)."""
+
+    target: jax.Array  # like x
+    weight: jax.Array  # broadcasts against x: 1 where the target holds, 0 where nothing is wanted
+    limit: jax.Array  # float32, of the factor
+    jacobian: bool = flax.struct.field(pytree_node=False, default=True)
+
+
+def guidance(level: jax.Array, limit: jax.Array) -> jax.Array:
+    """Factor of the pull: min(c / r^2, limit), c = level / (1 - level), r^2 = level^2 / (level^2 + (1 - level)^2).
+
+    r^2 is the variance of data given x where data has variance 1; the authors' t is 1 - level.
+    """
+    return jnp.minimum((jnp.square(level) + jnp.square(1 - level)) / (level * (1 - level)), limit)
+
+
+def guided_step(
+    predict: Callable[[jax.Array], jax.Array], x: jax.Array, level: jax.Array, delta: jax.Array, kind: str,
+    guide: Guide,
+) -> jax.Array:  # fmt: skip
+    """`euler_step` with the velocity less guidance * J^T ((target - estimate) * weight).
+
+    predict(x) -> prediction. estimate = x - level * velocity is what x is believed to become, J its
+    Jacobian, which without `guide.jacobian` is taken for the identity.
+    """
+
+    def estimate(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        velocity = to_velocity(predict(x), x, level, kind)
+        return x - level * velocity, velocity
+
+    if guide.jacobian:
+        clean, pull, velocity = jax.vjp(estimate, x, has_aux=True)
+        (change,) = pull((guide.target - clean) * guide.weight)
+    else:
+        clean, velocity = estimate(x)
+        change = (guide.target - clean) * guide.weight
+    return x + (velocity - guidance(level, guide.limit) * change) * delta
+
+
+def euler(
+    predict: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, levels: np.ndarray, kind: str,
+    fix: Callable[[jax.Array], jax.Array] = lambda x: x,
+):  # fmt: skip
     """Integrates from noise to data along `levels` (Eq. 5).
 
-    `predict(x, time)` takes x shaped like noise and a scalar time. Returns the final x and, stacked over the
-    steps, x before each step and the velocity used: (x, (x_before, velocity)).
+    `predict(x, time)` takes x shaped like noise and a scalar time. `fix(x)`: x with what is given put in its place,
+    before and after every step. Returns the final x and, stacked over the steps, x before each step and the velocity
+    used: (x, (x_before, velocity)).
     """
 
     def body(x, at):
         after, velocity = euler_step(predict(x, NUM_TRAIN_TIMES * at[0]), x, *at, kind)
-        return after, (x, velocity)
+        return fix(after), (x, velocity)
 
-    return jax.lax.scan(body, noise, euler_schedule(levels))
+    return jax.lax.scan(body, fix(noise), euler_schedule(levels))
 
 
 def euler_times(levels: np.ndarray) -> np.ndarray:

@@ -113,3 +113,80 @@ def test_euler_steps_down_the_levels() -> None:
     for now, after in zip(levels[:-1], levels[1:], strict=True):
         x = x + (x + 1000 * now) * (after - now)
     assert_close(fm.euler(lambda x, time: x + time, jnp.array([2.0]), levels, "velocity")[0], x, 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ guidance
+ROWS = 6  # actions of a chunk, each a number
+_GAUSS = np.random.default_rng(3).standard_normal((ROWS, ROWS))
+COVARIANCE = _GAUSS @ _GAUSS.T / ROWS + 0.1 * np.eye(ROWS)  # of data whose mean is MEAN
+MEAN = np.linspace(-1, 1, ROWS)
+TARGET, HELD = np.linspace(2, -1, ROWS), np.array([1, 1, 0.4, 0.1, 0, 0])
+
+
+def gain(level: float, covariance: np.ndarray) -> np.ndarray:
+    """E[data | x] = MEAN + gain (x - (1 - level) MEAN) for x = (1 - level) data + level noise, float64."""
+    signal = 1 - level
+    return signal * covariance @ np.linalg.inv(signal**2 * covariance + level**2 * np.eye(len(covariance)))
+
+
+def gaussian(kind: str, level: float, covariance: np.ndarray):
+    """What a perfect model of that data predicts of x."""
+    matrix, mean = jnp.float32(gain(level, covariance)), jnp.float32(MEAN)
+
+    def predict(x: jax.Array) -> jax.Array:
+        clean = mean + matrix @ (x - np.float32(1 - level) * mean)
+        return clean if kind == "sample" else (x - clean) / np.float32(level)
+
+    return predict
+
+
+@pytest.mark.parametrize("limit", [1e9, 5.0])
+@pytest.mark.parametrize("jacobian", [True, False])
+@pytest.mark.parametrize("kind", ["velocity", "sample"])
+def test_guided_steps_as_the_authors_take_them(kind: str, jacobian: bool, limit: float) -> None:
+    """Their step in float64, with t = 1 - level and their velocity, with the Gaussian's Jacobian written down."""
+    levels = fm.noise_levels(5, SHIFT)
+    x = np.random.default_rng(4).standard_normal(ROWS)
+    guide = fm.Guide(jnp.float32(TARGET), jnp.float32(HELD), jnp.float32(limit), jacobian)
+    for level, after in zip(levels[1:-1], levels[2:], strict=True):
+        step = (jnp.float32(x), jnp.float32(level), jnp.float32(after - level), kind, guide)
+        got = fm.guided_step(gaussian(kind, level, COVARIANCE), *step)
+        t, matrix = 1 - level, gain(level, COVARIANCE)
+        x1 = MEAN + matrix @ (x - t * MEAN)
+        error = (TARGET - x1) * HELD
+        correction = matrix.T @ error if jacobian else error
+        inverse_r2 = (t**2 + (1 - t) ** 2) / (1 - t) ** 2
+        weight = min((1 - t) / t * inverse_r2, limit)
+        velocity = (x1 - x) / (1 - t)  # theirs runs from noise to data
+        x = x + (level - after) * (velocity + weight * correction)
+        assert_close(got, x, 1e-5)  # a product of six and a difference, in 2^-24 parts, times a weight up to 20
+
+
+def test_the_first_guided_step_has_the_greatest_factor_allowed() -> None:
+    """At level 1, c is infinite; nothing of that may reach x."""
+    assert fm.guidance(jnp.float32(1), jnp.float32(5)) == 5
+    guide = fm.Guide(jnp.float32(TARGET), jnp.float32(HELD), jnp.float32(5))
+    got = fm.guided_step(
+        gaussian("sample", 1.0, COVARIANCE), jnp.ones(ROWS), jnp.float32(1), jnp.float32(-0.1), "sample", guide
+    )
+    assert_close(got, np.ones(ROWS) - 0.1 * (1 - MEAN), 1e-6)  # the estimate is the mean, whatever x is: J = 0
+
+
+@pytest.mark.parametrize("kind", ["velocity", "sample"])
+def test_guidance_is_exact_for_independent_data_of_variance_1(kind: str) -> None:
+    """Given what data is, x moves along (x - data) / level straight there, for that is what r^2 stands for.
+
+    Numbers that nothing is wanted of go where they would have gone.
+    """
+    covariance, wanted = np.eye(ROWS), np.float32([1, 1, 1, 0, 0, 0])
+    guide = fm.Guide(jnp.float32(TARGET), wanted, jnp.float32(1e9))
+    levels, x = fm.noise_levels(5, SHIFT), jnp.linspace(-2, 2, ROWS)
+    free = x
+    for level, after in list(zip(levels, levels[1:], strict=False))[1:]:
+        predict, delta = gaussian(kind, level, covariance), jnp.float32(after - level)
+        want = x + (x - TARGET) / level * (after - level)
+        x = fm.guided_step(predict, x, jnp.float32(level), delta, kind, guide)
+        free, _ = fm.euler_step(predict(free), free, jnp.float32(level), delta, kind)
+        assert_close(x[:3], want[:3], 1e-5)
+    assert_close(x[:3], TARGET[:3], 1e-5)
+    np.testing.assert_allclose(x[3:], free[3:], rtol=1e-6)

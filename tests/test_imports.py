@@ -1,6 +1,7 @@
 """Which folder may import which, read off the source, and that no files import each other in a circle."""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -36,10 +37,12 @@ AHAWAM = {
     "planning": {"hlo", "models", "towers", "inference", "training"},
     "verification": {"models", "flow_matching", "sampling", "weights", "towers", "training"},
     "evaluation": {"inference"},
-    "serving": set(),
+    "serving": {"inference"},
+    "experiments": {"evaluation", "inference"},
+    "analysis": {"models", "towers", "inference"},
     "commands": {
         "models", "sampling", "weights", "towers", "checkpoints", "inference", "training", "planning", "verification",
-        "evaluation",
+        "evaluation", "experiments", "serving",
     },
     "__main__": {"compilation_cache"},
 }  # fmt: skip
@@ -50,6 +53,8 @@ DATA = {
     "disk": set(),
     "ownership": {"disk"},
     "processes": set(),
+    "keeper": set(),
+    "json_lines": {"disk"},
     "files": set(),
     "normalization": {"episodes"},
     "canvas": set(),
@@ -59,6 +64,7 @@ DATA = {
     "statistics": {"episodes", "normalization", "readers", "disk", "paths", "files"},
     "fingerprint": {"episodes", "readers"},
     "windows": {"episodes", "caches", "normalization", "statistics"},
+    "augmentation": {"canvas"},
     "loader": {"episodes", "caches", "statistics", "windows", "processes"},
     "simulation": {"progress", "processes"},
     "recording": {"simulation", "progress", "episodes", "disk", "ownership", "processes", "paths"},
@@ -182,6 +188,12 @@ def test_the_interface_to_episodes_imports_nothing_of_ours() -> None:
 
 def test_ahawam_jax_needs_no_torch() -> None:
     assert not offences("ahawam_jax", TORCH_SIDE)
+
+
+def test_a_training_does_not_load_torch_by_way_of_others() -> None:
+    """As a library may that uses it where it is installed: 180 MiB in every process of a training."""
+    code = "import sys, ahawam_jax.commands.train, ahawam_jax.training.loop; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 
 @pytest.mark.parametrize("folder", OURS[:-1])

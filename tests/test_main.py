@@ -14,6 +14,7 @@ import pytest
 from absl.testing import flagsaver
 
 from ahawam_jax import __main__ as door
+from data_pipelines.processes import REQUEUE
 from data_pipelines.progress import StatusLine
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -87,11 +88,11 @@ def test_who_cannot_press_ctrl_c_is_told_what_to_do(
     try:
         if unreachable:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        assert door.main(["record"]) == 130
+        assert door.main(["record"]) == REQUEUE
         assert capsys.readouterr().err == sentence * unreachable + "\nstopped\n"
         signal.signal(signal.SIGINT, before[0])
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT} if unreachable else ())
-        assert door.main(["record"]) == 130
+        assert door.main(["record"]) == REQUEUE
         assert capsys.readouterr().err == sentence * unreachable + "\nstopped\n"
     finally:
         signal.signal(signal.SIGINT, before[0])
@@ -136,8 +137,8 @@ def test_ctrl_c_leaves_no_traceback(command: SimpleNamespace, capsys: pytest.Cap
     assert capsys.readouterr().err == "\nstopped\n"
 
 
-def test_data_commands_start_no_jax() -> None:
-    names = ("record", "view", "robocoin", "convert")  # grain brings it to the doctor
+def test_light_commands_start_no_jax() -> None:
+    names = ("record", "view", "robocoin", "convert", "robotwin", "watch")  # grain brings it to the doctor
     modules = [door.COMMANDS[name].module for name in names]
     code = f"import sys, {', '.join(modules)}; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
@@ -154,6 +155,7 @@ ADDRESSED = {
     "encode-video": ["--config=tests/tiny_config.py", "--config.data.latents=ADDRESS"],
     "plan": ["--config=tests/tiny_config.py", "--mesh=1x1x1", "--config.data.latents=ADDRESS"],
     "train": ["--config=tests/tiny_config.py", "--workdir=ADDRESS"],
+    "distill": ["--config=tests/tiny_flash_config.py", "--workdir=x", "--config.init=ADDRESS"],
     "demo": ["--config=tests/tiny_config.py", "--workdir=x", "--config.data.path=ADDRESS"],
     "import-weights": ["--config=tests/tiny_config.py", "--workdir=ADDRESS", "--source=x"],
     "export-weights": ["x", "ADDRESS"],
@@ -166,13 +168,19 @@ ADDRESSED = {
     "benchmark": ["--out=ADDRESS"],
     "compile-policy": ["ADDRESS", "--out=x"],
     "evaluate": ["x", "--out=ADDRESS"],
+    "film": ["x", "--out=ADDRESS"],
     "evaluate-export": ["ADDRESS"],
+    "latency-study": ["x", "--out=ADDRESS"],
+    "robotwin": ["--checkout=ADDRESS", "--simulator=x", "--out=x"],
+    "expert": ["--task=react", "--out=ADDRESS"],
+    "ablation": ["--out=ADDRESS"],
     "serve": ["--checkpoint=ADDRESS"],
+    "watch": ["ws://127.0.0.1:1", "--save=ADDRESS"],
 }
 
 ABSL = {
     f"ahawam_jax.commands.{name}"
-    for name in ("encode_video", "plan", "train", "demo", "import_weights", "inspect")
+    for name in ("encode_video", "plan", "train", "distill", "demo", "import_weights", "inspect")
 }
 
 

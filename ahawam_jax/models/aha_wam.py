@@ -15,6 +15,7 @@ from ahawam_jax.models.partitioning import partitioned
 from ahawam_jax.models.planner import History, Planner, PlannerOutput, frame_causal_mask
 from ahawam_jax.models.router import ObservationQueries, Router
 
+ROWS = 8  # of a matrix that GPUs' products of half precision take as it is
 ACTION_BRANCH = 1  # row of the branch embedding that action tokens get; the release never uses row 0
 
 
@@ -66,7 +67,7 @@ class AhaWam(nn.Module):
         memory: PlannerMemory, given: list[Given] | None = None,
     ) -> tuple[PlannerContext, PlannerMemory]:  # fmt: skip
         """One planner refresh: the new frame reads the memory, and joins it (Eq. 13); see `Planner.refresh`."""
-        return self.planner.refresh(latents, position, text, text_mask, memory, given)
+        return self.planner.refresh(latents, position, text, text_mask, memory, given)[:2]
 
     def route(
         self, context: PlannerContext, observation_latents: jax.Array, scanned: bool = False
@@ -86,11 +87,15 @@ class AhaWam(nn.Module):
         text_mask: jax.Array,
         states: jax.Array,
         routed: PlannerContext,
+        committed: jax.Array | None = None,
     ) -> jax.Array:
-        """The executor (Eq. 3): actions [B, C, T, d], times [B, C], positions [C, T], states [B, C, p]."""
+        """The executor (Eq. 3): actions [B, C, T, d], times [B, C], positions [C, T], states [B, C, p].
+
+        committed: [B, C] int, how many actions at the beginning of each chunk are clean, at time 0; None: none.
+        """
         tokens = self.state_encoder(states)
         branch = self.branch_embedding[ACTION_BRANCH]
-        return self.executor(actions, times, positions, text, text_mask, tokens, routed, branch)
+        return self.executor(actions, times, positions, text, text_mask, tokens, routed, branch, committed)
 
     def read(self, text: jax.Array) -> tuple[KV, KV]:
         """Text tokens [B, K, X] -> k, v [L, B, K, N, H] of the cross-attention of planner and executor."""
@@ -98,11 +103,15 @@ class AhaWam(nn.Module):
 
     def read_state(self, states: jax.Array) -> KV:
         """Normalised states [B, C, p] -> k, v [L, B, C, N, H] of the executor's cross-attention."""
-        return self.executor.read(self.state_encoder(states))
+        tokens = self.state_encoder(states)
+        count = tokens.shape[1]
+        # Of a matrix of one row XLA's GPUs round every product and not their sum.
+        k, v = self.executor.read(jnp.pad(tokens, [(0, 0), (0, -count % ROWS), (0, 0)]))
+        return k[:, :, :count], v[:, :, :count]
 
     def step(
         self, actions: jax.Array, positions: jax.Array, text_mask: jax.Array, seen: list[KV], given: list[Given]
-    ) -> tuple[jax.Array, list[KV]]:
+    ) -> jax.Array:
         """The executor, once, on what was made before; see `Executor.step`."""
         branch = self.branch_embedding[ACTION_BRANCH]
         return self.executor.step(actions, positions, text_mask, branch, seen, given)

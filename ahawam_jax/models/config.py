@@ -44,6 +44,9 @@ class ModelConfig:
     remat: str = "none"  # what the backward pass recomputes: "none", "dots", "full"; or "full, executor=none"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.type is int and field.name != "memory_frames" and getattr(self, field.name) < 1:
+                raise ValueError(f"config.model.{field.name} is {getattr(self, field.name)}, expected at least 1.")
         if self.head_dim % 2 or (self.head_dim // 3) % 2:
             raise ValueError(
                 f"head_dim {self.head_dim} cannot hold a 3-D rotary embedding: head_dim and the integer part "

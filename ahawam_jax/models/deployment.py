@@ -19,10 +19,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ahawam_jax.models.aha_wam import AhaWam, empty_memory, resident_dtype
 from ahawam_jax.models.attention import attention_of
 from ahawam_jax.models.config import PATCH, ModelConfig
-from ahawam_jax.models.dit import KV, Given, TimeEmbedding
-from ahawam_jax.models.memory import PlannerContext
+from ahawam_jax.models.dit import KV, Given, TimeEmbedding, committed_rows
 
-FUSED = {"qkv": ("q", "k", "v"), "cross_kv": ("cross_k", "cross_v")}
+ALIGNED = 8  # to which GPUs' products of half precision pad lengths of keys, if nobody has before them
+FUSED = {"qkv": ("q", "k", "v"), "qk_norm": ("q_norm", "k_norm"), "cross_kv": ("cross_k", "cross_v")}
 
 
 @flax.struct.dataclass
@@ -32,6 +32,7 @@ class Deployed:
     params: Any  # of AhaWam(config, deployed=True)
     planner_rows: jax.Array  # [1, L, 6, D] float32, modulation of every block at time 0
     executor_rows: jax.Array  # [n, L, 6, D] float32, and at the times of n Euler steps
+    clean_rows: jax.Array | None = None  # [1, L, 6, D] float32, the executor's at time 0: of committed actions
 
 
 @flax.struct.dataclass
@@ -56,7 +57,8 @@ def deployed_shapes(config: ModelConfig) -> Any:
         dims = (config.planner_dim, config.executor_dim)
         rows = [jnp.zeros((config.num_layers, 6, dim)) for dim in dims]
         context, _ = model.refresh(latents, jnp.zeros(1), None, mask, memory, give(rows[0], planner))
-        seen = with_room(model.route(context, latents[:, None]), config.chunk)
+        routed = model.route(context, latents[:, None])
+        seen = by_layer(routed.k, routed.v)
         model.step(actions, jnp.zeros((1, config.chunk)), mask, seen, give(rows[1], executor))
 
     model = AhaWam(config, deployed=True)
@@ -67,15 +69,19 @@ def deployed_shapes(config: ModelConfig) -> Any:
     )
 
 
-def deploy(config: ModelConfig, params: Any, times: np.ndarray, donate: bool = False) -> Deployed:
+def deploy(
+    config: ModelConfig, params: Any, times: np.ndarray, donate: bool = False, committed: bool = False
+) -> Deployed:
     """Parameters of the training form, any dtype -> the deployment form, for Euler steps at `times` [n].
 
+    committed: a chunk may begin with committed actions, at time 0.
     donate: arrays are deleted as they are taken apart, so that never more than one of them exists in both forms.
     """
     stacked = flatten_dict(params, sep="/")
+    clean = np.zeros(1)
     rows = [
         modulation(params[name], getattr(config, f"{name}_dim"), config.freq_dim, np.float32(at))
-        for name, at in (("planner", np.zeros(1)), ("executor", times))
+        for name, at in (("planner", clean), ("executor", times), *[("executor", clean)] * committed)
     ]
     sources: dict[tuple[str, ...], list[str]] = {}  # in the training form, of places in the deployment form
     shapes = flatten_dict(deployed_shapes(config), sep="/")
@@ -87,7 +93,11 @@ def deploy(config: ModelConfig, params: Any, times: np.ndarray, donate: bool = F
         for path in paths:
             layer = re.search(r"/blocks_(\d+)/", path)
             index = None if layer is None else np.int32(layer[1])
-            held[path] = _part(parts, index, shapes[path].dtype)
+            like = shapes[path]
+            if donate and index is None and [(x.shape, x.dtype) for x in parts] == [(like.shape, like.dtype)]:
+                held[path] = parts[0]  # a program that hands it on would hold 2 MiB
+            else:
+                held[path] = _part(parts, index, like.shape, like.dtype)
         jax.block_until_ready([held[path] for path in paths])
         if donate:
             kept = [held[path] for path in paths]
@@ -100,11 +110,11 @@ def deploy(config: ModelConfig, params: Any, times: np.ndarray, donate: bool = F
     return Deployed(unflatten_dict(held, sep="/"), *rows)
 
 
-def abstract_deployed(config: ModelConfig, steps: int) -> Deployed:
+def abstract_deployed(config: ModelConfig, steps: int, committed: bool = False) -> Deployed:
     """Shapes and dtypes of what `deploy` makes for so many Euler steps."""
     rows = [
         jax.ShapeDtypeStruct((n, config.num_layers, 6, dim), jnp.float32)
-        for n, dim in ((1, config.planner_dim), (steps, config.executor_dim))
+        for n, dim in ((1, config.planner_dim), (steps, config.executor_dim), *[(1, config.executor_dim)] * committed)
     ]
     return Deployed(deployed_shapes(config), *rows)
 
@@ -120,12 +130,12 @@ def _sources(path: str) -> tuple[str, ...]:
     return ("/".join([first, *rest]),)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _part(parts: list[jax.Array], index: jax.Array | None, dtype: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _part(parts: list[jax.Array], index: jax.Array | None, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     if index is not None:
         parts = [x[index] for x in parts]
     fused = parts[0] if len(parts) == 1 else jnp.stack(parts, -3)
-    return fused.astype(dtype)
+    return fused.reshape(shape).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -145,7 +155,30 @@ def give(rows: jax.Array, text: list[KV]) -> list[Given]:
     return [Given(rows[i][None, None], *kv) for i, kv in enumerate(text)]
 
 
-def with_room(context: PlannerContext, tokens: int) -> list[KV]:
-    """A context of C chunks, k, v [L, B, C, S, N, H] -> [B, C, S + tokens, N, H] by layer; what is added is 0."""
-    widths = [(0, 0)] * 2 + [(0, tokens)] + [(0, 0)] * 2
-    return [(jnp.pad(k, widths), jnp.pad(v, widths)) for k, v in by_layer(context.k, context.v)]
+def give_committed(given: list[Given], clean: jax.Array, committed: jax.Array, tokens: int) -> list[Given]:
+    """What blocks are given for chunks of T tokens whose first are clean.
+
+    clean [L, 6, D] rows of time 0, committed int [B, C].
+    """
+    return [
+        own.replace(rows=committed_rows(own.rows, clean[i][None, None], committed, tokens))
+        for i, own in enumerate(given)
+    ]
+
+
+def with_state(words: Words, state: KV) -> tuple[list[KV], jax.Array]:
+    """What the executor's cross-attention reads: k, v [B, M, N, H] by layer, and which of them, [B, M] bool.
+
+    The text, behind it the token of the robot's state, k, v [L, B, 1, N, H], and masked zeros up to a multiple of
+    ALIGNED.
+    """
+    length = words.mask.shape[1] + 1
+    empty = [(0, 0), (0, -length % ALIGNED)]
+
+    def joined(text: jax.Array, own: jax.Array) -> jax.Array:
+        return jnp.pad(jnp.concatenate([text, own], 1), [*empty, (0, 0), (0, 0)])
+
+    of_layer = zip(words.executor, by_layer(*state), strict=True)
+    kv = [tuple(joined(*parts) for parts in zip(text, own, strict=True)) for text, own in of_layer]
+    mask = jnp.pad(words.mask, [(0, 0), (0, 1)], constant_values=True)
+    return kv, jnp.pad(mask, empty)

@@ -1,7 +1,8 @@
 """What the planner's and the executor's diffusion transformers share: embeddings, modulation, block.
 
 Tokens come in groups, x [B, G, S, D]: a group is a latent frame for the planner (G = F) and a chunk for the
-executor (G = C). All tokens of a group share one diffusion time, so modulation is per group, [B, G, 6, D].
+executor (G = C). All tokens of a group share one diffusion time, so modulation is per group, [B, G, 6, D]; where a
+chunk begins with committed actions, which are clean, it is per token, [B, G, S, 6, D].
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ahawam_jax.models.attention import attention, phase, rms_norm, rotate, standardize
+from ahawam_jax.models.attention import attention, behind, phase, rms_norm, rotate, standardize, turn
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.models.partitioning import Axes, constrain, partitioned
 from ahawam_jax.models.products import product, promote, read
@@ -111,23 +112,38 @@ class Condition:
 
     angles: jax.Array  # [B, G, S, H/2] float32, rotary
     text_mask: jax.Array  # [B, 1 or G, K] bool
-    modulation: jax.Array | None = None  # [B, G, 6, D] float32; None where blocks are `Given` their own
+    modulation: jax.Array | None = None  # [B, G, (S,) 6, D] float32; None where blocks are `Given` their own
     text: jax.Array | None = None  # [B, K, D] embedded text (and state) tokens; None likewise
     mask: jax.Array | None = None  # [B, S_q, S_k] bool over prefix and own tokens, or None for all
-    place: jax.Array | int | None = None  # own k, v overwrite those of the prefix from here on; None: they lie behind
+    place: jax.Array | None = None  # own k, v overwrite those of the prefix from here on; None: they lie behind
+    own: jax.Array | None = None  # [S_k] bool, own among prefix and own tokens, where `behind` gains by it
 
 
 @flax.struct.dataclass
 class Given:
     """What one block can compute before it sees a token."""
 
-    rows: jax.Array  # [B, G, 6, D] float32, its table of modulation added to that of the time
+    rows: jax.Array  # [B, G, (S,) 6, D] float32, its table of modulation added to that of the time
     text_k: jax.Array  # [B, K, N, H]
     text_v: jax.Array
 
 
+def committed_rows(rows: jax.Array, clean: jax.Array, committed: jax.Array, tokens: int) -> jax.Array:
+    """Modulation of chunks whose first actions are committed: those are at time 0, the rest at the chunk's time.
+
+    rows [B, C, 6, D] at the chunk's time, clean [B, 1, 6, D] at time 0, committed int [B, C] -> [B, C, T, 6, D].
+    """
+    first = jnp.arange(tokens) < committed[..., None]
+    return jnp.where(first[..., None, None], clean[:, :, None], rows[:, :, None])
+
+
+def _six(rows: jax.Array) -> tuple[jax.Array, ...]:
+    """Shift, scale and gate of attention, then of the feed-forward net, [B, G, 1 or S, D] each."""
+    return tuple(rows[:, :, i, None] if rows.ndim == 4 else rows[:, :, :, i] for i in range(6))
+
+
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float, dtype: Any) -> jax.Array:
-    """Adaptive layer norm: x [B, G, S, D], shift and scale [B, G, 1, D]."""
+    """Adaptive layer norm: x [B, G, S, D], shift and scale [B, G, 1 or S, D]."""
     return (standardize(x, eps) * (1 + scale) + shift).astype(dtype)
 
 
@@ -154,15 +170,27 @@ class TextContext(nn.Module):
     def project(self, prefix: str, parts: str, y: jax.Array) -> tuple[jax.Array, ...]:
         """y [..., I] -> [..., N, H] of each layer prefix + part."""
         heads, axes = (self.num_heads, self.head_dim), ("heads", "head_dim")
-        if self.fused and len(parts) > 1:
-            name, several = prefix + parts, (len(parts), *heads)
-            out = flat(dense(several, ("embed", None, *axes), name=name, dtype=self.dtype), y)
+        if self.fused:
+            out = self.rows(prefix + parts, len(parts), y).reshape(*y.shape[:-1], len(parts), *heads)
             return tuple(out[..., i, :, :] for i in range(len(parts)))
         return tuple(flat(dense(heads, ("embed", *axes), name=prefix + x, dtype=self.dtype), y) for x in parts)
 
+    def rows(self, name: str, parts: int, y: jax.Array) -> jax.Array:
+        """y [..., I] -> [tokens, P, N * H] of P layers that are one."""
+        width = self.num_heads * self.head_dim
+        out = dense(parts * width, ("embed", "heads"), name=name, dtype=self.dtype)(y.reshape(-1, y.shape[-1]))
+        return out.reshape(-1, parts, width)
+
     def normed(self, name: str, y: jax.Array) -> jax.Array:
-        ones = partitioned(nn.initializers.ones_init(), ("heads", "head_dim"))
-        return rms_norm(y, self.param(f"{name}_norm", ones, (self.num_heads, self.head_dim)), self.eps)
+        scale = self.norm_scale(name)
+        if not self.fused:
+            return rms_norm(y, scale, self.eps)
+        # As rows of one axis, of which XLA (JAX 0.10.2) makes one kernel on GPUs and not two.
+        return rms_norm(y.reshape(-1, 1, scale.size), scale.reshape(1, -1), self.eps).reshape(y.shape)
+
+    def norm_scale(self, name: str, *parts: int) -> jax.Array:
+        ones = partitioned(nn.initializers.ones_init(), (*[None] * len(parts), "heads", "head_dim"))
+        return self.param(f"{name}_norm", ones, (*parts, self.num_heads, self.head_dim))
 
 
 def flat(layer: nn.DenseGeneral, y: jax.Array, inputs: int = 1) -> jax.Array:
@@ -199,15 +227,14 @@ class Block(TextContext):
             row_init = nn.initializers.normal(self.dim**-0.5)
             table = self.param("modulation", partitioned(row_init, (None, "embed")), (6, self.dim))
             given = Given(table + cond.modulation, *self.read(cond.text))
-        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (given.rows[:, :, i, None] for i in range(6))
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = _six(given.rows)
 
         def output(name: str, y: jax.Array) -> jax.Array:
             layer = dense(self.dim, ("heads", "head_dim", "embed"), name=name, dtype=dtype, axis=(-2, -1))
             return flat(layer, y, 2)
 
         y = modulate(x, shift, scale, eps, dtype)
-        q, k, v = self.project("", "qkv", y)
-        q, k = (rotate(self.normed(name, y), cond.angles) for name, y in (("q", q), ("k", k)))
+        q, k, v = self.heads(y, cond.angles)
         mixed, whole = self.self_attention(q, k, v, prefix, cond)
         x = x + (gate * output("o", mixed)).astype(x.dtype)
 
@@ -226,20 +253,38 @@ class Block(TextContext):
         self.sow("intermediates", "kv", (k, v))
         return x, (k, v), whole
 
+    def heads(self, y: jax.Array, angles: jax.Array) -> tuple[jax.Array, ...]:
+        """y [B, G, S, D] -> q, k, v [B, G, S, N, H], q and k normed and turned by angles [B, G, S, H/2].
+
+        A product reads arrays and no parts of them. So where q and k are made in one kernel and tokens are few, q is
+        the array of both, [B, G, 2 S, N, H], the queries first.
+        """
+        if not self.fused:
+            q, k, v = self.project("", "qkv", y)
+            return *(rotate(self.normed(name, x), angles) for name, x in (("q", q), ("k", k))), v
+        shape = (*y.shape[:-1], self.num_heads, self.head_dim)
+        rows = self.rows("qkv", 3, y)
+        both = rms_norm(rows[:, :2], self.norm_scale("qk", 2).reshape(2, -1), self.eps, -1)
+        both = turn(both.reshape(*shape[:3], 2, *shape[3:]), angles[..., None, :])
+        both = jnp.moveaxis(both, 3, 2)
+        q = both[:, :, 0] if self.across_groups else both.reshape(*shape[:2], -1, *shape[3:])
+        return q, both[:, :, 1], rows[:, 2].reshape(shape)
+
     def self_attention(
         self, q: jax.Array, k: jax.Array, v: jax.Array, prefix: KV | None, cond: Condition
     ) -> tuple[jax.Array, KV]:
-        shape = q.shape
+        shape = k.shape
         if self.across_groups:
             q, k, v = (y.reshape(y.shape[0], -1, *y.shape[3:]) for y in (q, k, v))
+        queries = k.shape[-3]
         if cond.place is not None:
             k, v = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cond.place, new.ndim - 3)
                 for old, new in zip(prefix, (k, v), strict=True)
             )
         elif prefix is not None:
-            k, v = (jnp.concatenate([old.astype(new.dtype), new], -3) for old, new in zip(prefix, (k, v), strict=True))
-        return attention(q, k, v, cond.mask).reshape(shape), (k, v)
+            k, v = (behind(old, new, cond.own) for old, new in zip(prefix, (k, v), strict=True))
+        return attention(q, k, v, cond.mask, queries).reshape(shape), (k, v)
 
 
 PLANNED = "planned history"  # the name of k, v that no backward pass computes again
@@ -331,4 +376,6 @@ def make_text_context(cfg: ModelConfig) -> TextContext:
 
 def read_text(cfg: ModelConfig, context: TextContext, text: jax.Array) -> KV:
     """Embedded tokens [B, K, D] -> k, v [L, B, K, N, H], all layers at once."""
-    return over_layers(nn.vmap, lambda layer: layer(text), axis_size=cfg.num_layers)(context)
+    # Every layer has a text of its own: of one for all XLA makes one product, for which it copies their kernels.
+    texts = jax.lax.optimization_barrier(jnp.broadcast_to(text, (cfg.num_layers, *text.shape)))
+    return over_layers(nn.vmap, lambda layer, text: layer(text), axis_size=cfg.num_layers)(context, texts)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ahawam_jax.models.attention import rotary_angles_1d
+from ahawam_jax.models.attention import own_tokens, rotary_angles_1d
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.models.dit import (
     KV,
@@ -17,6 +17,7 @@ from ahawam_jax.models.dit import (
     Given,
     TextEmbedding,
     TimeEmbedding,
+    committed_rows,
     dense,
     make_blocks,
     make_text_context,
@@ -53,6 +54,7 @@ class Executor(nn.Module):
         states: jax.Array,
         routed: PlannerContext,
         branch: jax.Array,
+        committed: jax.Array | None = None,
     ) -> jax.Array:
         """Predicts velocity or clean actions (config.prediction) of C chunks.
 
@@ -64,12 +66,16 @@ class Executor(nn.Module):
           states: [B, C, X] one state token per chunk; a chunk sees its own only.
           routed: planner context after routing, k and v [L, B, C, S, N, H].
           branch: [D] what marks every token as one of the action branch.
+          committed: [B, C] int, how many actions at the beginning of each chunk are clean, at time 0; None: none.
 
         Returns:
           [B, C, T, d] float32.
         """
         batch, chunks = actions.shape[:2]
         _, rows = self.time_embedding(times)
+        if committed is not None:
+            _, clean = self.time_embedding(jnp.zeros_like(times[:, :1]))
+            rows = committed_rows(rows, clean, committed, actions.shape[2])
         own = jnp.broadcast_to(jnp.eye(chunks, dtype=bool), (batch, chunks, chunks))
         seen = jnp.broadcast_to(text_mask[:, None], (batch, chunks, text.shape[1]))
         tokens = jnp.concatenate([text, states.astype(text.dtype)], 1)
@@ -84,16 +90,15 @@ class Executor(nn.Module):
     def step(
         self, actions: jax.Array, positions: jax.Array, text_mask: jax.Array, branch: jax.Array, seen: list[KV],
         given: list[Given],
-    ) -> tuple[jax.Array, list[KV]]:  # fmt: skip
-        """Predicts one chunk, C = 1, from what was made before.
+    ) -> jax.Array:  # fmt: skip
+        """Predicts one chunk, C = 1, from what was made before. Returns [B, 1, T, d] float32.
 
-        seen: by layer k, v [B, 1, S + T, N, H], the routed context and room for the chunk's own, which take it.
-        given: by layer; k, v of the text end with those of the state. text_mask: [B, K + 1] bool.
-        Returns the prediction [B, 1, T, d] float32 and `seen` for the next step.
+        seen: by layer k, v [B, 1, S, N, H], the routed context. given: by layer; k, v are those of the text and of the
+        state. text_mask: [B, M] bool, see `with_state`.
         """
-        place = seen[0][0].shape[2] - actions.shape[2]
-        condition = Condition(rotary_angles_1d(positions, self.config.head_dim)[None], text_mask[:, None], place=place)
-        return self.run(_layer_in_place, actions, branch, list(zip(seen, given, strict=True)), condition)
+        angles = rotary_angles_1d(positions, self.config.head_dim)[None]
+        condition = Condition(angles, text_mask[:, None], own=own_tokens(seen[0][0].shape[2], actions.shape[2]))
+        return self.run(_layer_of_given, actions, branch, list(zip(seen, given, strict=True)), condition)[0]
 
     def read(self, text: jax.Array) -> KV:
         """Text or state tokens [B, K, X] -> k, v [L, B, K, N, H] of every layer's cross-attention."""
@@ -121,9 +126,8 @@ def _layer(block: Block, x: jax.Array, prefix: KV, condition: Condition) -> tupl
     return block(x, prefix, condition)[0], None
 
 
-def _layer_in_place(
+def _layer_of_given(
     block: Block, x: jax.Array, of_layer: tuple[KV, Given], condition: Condition
-) -> tuple[jax.Array, KV]:
+) -> tuple[jax.Array, None]:
     seen, given = of_layer
-    x, _, seen = block(x, seen, condition, given)
-    return x, seen
+    return block(x, seen, condition, given)[0], None

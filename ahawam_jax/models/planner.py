@@ -165,28 +165,32 @@ class Planner(nn.Module):
 
     def refresh(
         self, latents: jax.Array, position: jax.Array, text: jax.Array | None, text_mask: jax.Array,
-        memory: PlannerMemory, given: list[Given] | None = None,
-    ) -> tuple[PlannerContext, PlannerMemory]:  # fmt: skip
+        memory: PlannerMemory, given: list[Given] | None = None, x: jax.Array | None = None,
+    ) -> tuple[PlannerContext, PlannerMemory, jax.Array]:  # fmt: skip
         """Plans one clean frame, which reads the memory and joins it (Eq. 13).
 
-        latents [B, c, 1, h, w], position [B] -> context [L, B, 1, S, N, H] and the memory for the next refresh.
-        given: what has been made of time 0 and of the text, which then is None.
+        latents [B, c, 1, h, w], position [B] -> context [L, B, 1, S, N, H], the memory for the next refresh, and the
+        tokens [B, 1, S, D] behind the last layer. given: what has been made of time 0 and of the text, which then is
+        None. x: tokens before the first layer, where they are not those of the frame: see `inference/slices.py`.
         """
         cfg, batch = self.config, len(latents)
         shape, slot = memory.k[0].shape, memory.slot(cfg.memory_anchor)
         valid = memory.valid | (jnp.arange(shape[1]) == slot)
-        mask, place = jnp.repeat(valid, shape[2], -1)[:, None], slot * shape[2]
+        # Of tokens, made once; as part of every layer's softmax, XLA (JAX 0.10.2) runs that in three kernels.
+        mask = jax.lax.optimization_barrier(jnp.repeat(valid, shape[2], -1)[:, None])
+        place = slot * shape[2]
         times = None
         if given is None:
             times, text, given = jnp.zeros((batch, 1)), self.text_embedding(text), [None] * cfg.num_layers
-        x, _, condition = self.enter(latents, times, position[:, None], text, text_mask, mask, place)
+        entered, _, condition = self.enter(latents, times, position[:, None], text, text_mask, mask, place)
         rings = [tuple(_joined(x, 1) for x in kv) for kv in zip(memory.k, memory.v, strict=True)]
         of_layer = list(zip(rings, given, strict=True))
-        _, outs = scan_blocks(cfg, "planner", self.blocks, _layer_of_ring, x, of_layer, condition)
+        x = entered if x is None else x
+        x, outs = scan_blocks(cfg, "planner", self.blocks, _layer_of_ring, x, of_layer, condition)
         own, rings = zip(*outs, strict=True)
         k, v = (tuple(x.reshape(shape) for x in xs) for xs in zip(*rings, strict=True))
         context = PlannerContext(*(jnp.stack(xs) for xs in zip(*own, strict=True)))
-        return context, PlannerMemory(k, v, valid, memory.written + 1)
+        return context, PlannerMemory(k, v, valid, memory.written + 1), x
 
     def read(self, text: jax.Array) -> KV:
         """Text tokens [B, K, X] -> k, v [L, B, K, N, H] of every layer's cross-attention."""

@@ -19,7 +19,8 @@ from ahawam_jax.weights.convert import digest, flatten, load
 from ahawam_jax.weights.files import open_weights
 from ahawam_jax.weights.tensors import WeightsError
 
-VIDEO = ("block_transform", "wan2.2_vae")
+STAND_INS = {"block_transform": BlockTransform(), "placed_block_transform": BlockTransform(places=True)}
+VIDEO = (*STAND_INS, "wan2.2_vae")
 TEXT = ("hashed_words", "umt5")
 
 VideoTower = BlockTransform | WanVae
@@ -43,8 +44,8 @@ def build_video_tower(
 ) -> VideoTower:
     """The video tower of config.towers, its weights laid out by `sharding`; a decoder only where one is asked for."""
     _check_name("video", towers["video"], VIDEO)
-    if towers["video"] == "block_transform":
-        return BlockTransform()
+    if towers["video"] in STAND_INS:
+        return STAND_INS[towers["video"]]
     if not towers["video_weights"]:
         raise WeightsError(
             "config.towers.video_weights is empty; give the folder of Wan2.2-TI2V-5B or its Wan2.2_VAE.pth."
@@ -63,8 +64,8 @@ def build_video_tower(
 def abstract_video_tower(towers: Mapping[str, Any], model: ModelConfig) -> VideoTower:
     """Shapes and dtypes of the tower that `build_video_tower` makes, without a decoder and without its weights."""
     _check_name("video", towers["video"], VIDEO)
-    if towers["video"] == "block_transform":
-        return BlockTransform()
+    if towers["video"] in STAND_INS:
+        return STAND_INS[towers["video"]]
     params = nn.unbox(abstract_vae_params(VaeConfig()))
     params = {name: x for name, x in params.items() if name not in ("decoder", "from_latent")}
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype if x.ndim > 1 else x.dtype), params)

@@ -30,5 +30,8 @@ def encode(batch: Mapping[str, jax.Array], tower: VideoTower) -> dict[str, jax.A
         ("observations", "obs_latents", singles),
         ("history", "history_latents", singles),
     ):
-        encoded[latents] = by(encoded.pop(images)) if images in batch else batch[latents].astype(jnp.float32)
+        if images in batch:
+            encoded[latents] = by(encoded.pop(images))
+        elif latents in batch:  # there may be no history
+            encoded[latents] = batch[latents].astype(jnp.float32)
     return jax.lax.stop_gradient(encoded)

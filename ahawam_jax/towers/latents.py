@@ -27,8 +27,8 @@ def make_canvas(config: ConfigDict) -> Canvas:
 def make_windows(config: ConfigDict, model: ModelConfig) -> WindowConfig:
     """Geometry of the windows of config.data for this model."""
     return WindowConfig(
-        model.horizon, model.chunk, model.video_ratio, model.memory_frames, config.data.history_stride,
-        config.data.max_offset, model.memory_anchor,
+        model.horizon, model.chunk, model.video_ratio, model.memory_frames if config.objective.memory else 0,
+        config.data.history_stride, config.data.max_offset, model.memory_anchor,
     )  # fmt: skip
 
 

@@ -42,11 +42,23 @@ def spread() -> np.ndarray:
     return np.concatenate([fall[:LUMA_COEFFICIENTS], chroma, chroma])
 
 
+def middles(rows: int, columns: int) -> np.ndarray:
+    """Where the middle of each block lies in the picture, [rows, columns, 2] of (down, across) in -1 .. 1, float32."""
+    down, across = ((2 * np.arange(n, dtype=np.float32) + 1) / n - 1 for n in (rows, columns))
+    return np.stack(np.meshgrid(down, across, indexing="ij"), -1)
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class BlockTransform:
-    """A video tower without parameters: truncated cosine transform of 16x16 blocks, mean over four frames."""
+    """A video tower without parameters: truncated cosine transform of 16x16 blocks, mean over four frames.
 
+    places: the last two channels, else the finest of blue against yellow, say which block of the picture it is. The
+    router reads latents without positions (Eq. 8): it learns from a VAE's convolutions, which see the picture's edges,
+    where something is, and from plain blocks it cannot.
+    """
+
+    places: bool = False
     channels: int = LUMA_COEFFICIENTS + 2 * CHROMA_COEFFICIENTS
 
     def encode(self, images: jax.Array) -> jax.Array:
@@ -66,10 +78,14 @@ class BlockTransform:
         x = x.reshape(batch, -1, height // stride, stride, width // stride, stride, 3)
         x = x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(*x.shape[:3], width // stride, -1)
         latents = x @ jnp.asarray(block_transform() / spread(), jnp.float32)  # [B, F, h, w, 48]
+        if self.places:
+            latents = latents.at[..., -2:].set(middles(*latents.shape[2:4]))
         return latents.transpose(0, 4, 1, 2, 3)
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Latents [B, 48, F, h, w] -> frames [B, F, 16h, 16w, 3], one per latent; clipped to [-1, 1]."""
+        if self.places:
+            latents = latents.at[:, -2:].set(0)
         x = latents.transpose(0, 2, 3, 4, 1) @ jnp.asarray((block_transform() * spread()).T, jnp.float32)
         batch, frames, rows, columns, _ = x.shape
         stride = SPATIAL_STRIDE

@@ -107,7 +107,11 @@ def test_a_killed_job_goes_on(config: ConfigDict, tmp_path: Path) -> None:
     code = (
         "from data_pipelines.caches import latent_cache; latent_cache.ROWS_PER_FILE = 20\n"
         "import time; from ahawam_jax.commands import encode_video as e; from tests.tiny_config import get_config\n"
-        "write = e.Work.write; e.Work.write = lambda *a: (write(*a), print('written', flush=True), time.sleep(0.5))\n"
+        "write = e.Work.write; done = []\n"
+        "def hang(*a):\n"
+        "    write(*a); done.append(a)\n"
+        "    if len(done) == 3: print('written', flush=True); time.sleep(600)\n"
+        "e.Work.write = hang\n"
         f"c = get_config(); c.model.horizon = 12; c.data.update(path={config.data.path!r}, cache='', max_offset=3, "
         f"latents={str(tmp_path / 'killed')!r}, latent_clips=True)\n"
         "e.encode_video(c)\n"
@@ -117,7 +121,6 @@ def test_a_killed_job_goes_on(config: ConfigDict, tmp_path: Path) -> None:
     )
     while "written" not in (line := job.stdout.readline()):
         assert line or job.poll() is None
-    time.sleep(0.2)
     job.send_signal(signal.SIGKILL)
     job.wait()
     config.data.latents = str(tmp_path / "killed")

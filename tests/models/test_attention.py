@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from ahawam_jax.models.attention import (
+    ABSENT_GPU,
     attention,
     attention_of,
+    behind,
     fused_attention,
     has_kernel,
+    own_tokens,
     phase,
     plain_attention,
     rms_norm,
@@ -21,6 +24,7 @@ from ahawam_jax.models.attention import (
     rotary_angles_3d,
     rotary_rates,
     rotate,
+    turn,
 )
 from ahawam_jax.models.dit import sinusoid
 from tests.tiny_model import assert_close, normal
@@ -60,6 +64,35 @@ def test_attention_matches_a_loop(qkv, mask) -> None:
     assert_close(attention(*qkv), attention_loop(*qkv, np.ones((B, Q, K), bool)), 2e-6)
 
 
+def test_one_sequence_where_it_lies(qkv, mask) -> None:
+    """For GPUs' products, and a mask that hides all from one query; XLA's CPUs do it, too."""
+    one = [x[:1] for x in qkv]
+    with attention_of(ABSENT_GPU):
+        for seen in (mask[:1], np.ones((1, Q, K), bool)):
+            assert_close(jax.jit(attention)(*one, seen), attention_loop(*one, seen), 2e-6)
+        traced = [str(jax.make_jaxpr(attention)(*x)) for x in (one, qkv)]
+    assert ["layout_constraint" in text for text in traced] == [True, False]
+
+
+@pytest.mark.parametrize("backend", ["cpu", ABSENT_GPU])
+@pytest.mark.parametrize("batch", [1, B])
+def test_what_lies_behind_the_queries_is_left_out(backend: str, batch: int, qkv, mask) -> None:
+    (q, k, v), more = (x[:batch] for x in qkv), normal(9, batch, 3, N, H)
+    with attention_of(backend):
+        for seen in (None, mask[:batch]):
+            got = jax.jit(partial(attention, queries=Q))(np.concatenate([q, more], 1), k, v, seen)
+            assert_close(got, jax.jit(attention)(q, k, v, seen), 1e-6)  # a product of other rows may sum otherwise
+
+
+@pytest.mark.parametrize(("backend", "marked"), [("cpu", False), (ABSENT_GPU, True)])
+def test_own_keys_behind_those_before(backend: str, marked: bool) -> None:
+    old, new = normal(0, B, 1, K, N, H).astype(jnp.bfloat16), normal(1, B, 1, Q, N, H)
+    with attention_of(backend):
+        own = own_tokens(K, Q)
+    assert (own is not None) == marked
+    np.testing.assert_array_equal(jax.jit(behind)(old, new, own), np.concatenate([old.astype(np.float32), new], 2))
+
+
 def test_fully_masked_query_gives_zero_and_zero_gradient(qkv, mask) -> None:
     assert not mask[0, 2].any()
     out, gradient = jax.jit(jax.value_and_grad(lambda q, k, v: attention(q, k, v, mask)[0, 2].sum(), (0, 1, 2)))(*qkv)
@@ -95,7 +128,9 @@ def test_fused_form_is_the_plain_one(name: str) -> None:
             out = function(*inputs, mask)
             return jnp.sin(out).sum(), out
 
-        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*inputs)
+        # Without the sum itself, whose terms cancel: its order decides on the sixth digit.
+        (_, out), gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*inputs)
+        return out, gradient
 
     # 2e-6: some roundings of 2^-24, of sums in another order.
     assert_close(run(partial(fused_attention, implementation="xla")), run(plain_attention), 2e-6)
@@ -170,7 +205,8 @@ def test_rotary_angles_3d_matches_a_loop() -> None:
         assert np.abs(np.exp(1j * got[b, f, y * columns + x]) - np.exp(1j * np.array(angles))).max() <= 2e-6
 
 
-def test_rotation_is_the_complex_product() -> None:
+@pytest.mark.parametrize("rotate", [rotate, turn])
+def test_rotation_is_the_complex_product(rotate: Callable[..., jax.Array]) -> None:
     x, angles = normal(4, 2, 5, N, H), rotary_angles_1d(np.array([[0, 1, 16, 700, 9999]] * 2), H)
     turned = rotate(x, angles)
     z = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * np.asarray(angles, np.float64))[:, :, None]

@@ -38,6 +38,17 @@ def test_later_frames_are_coded_in_groups_of_four() -> None:
     np.testing.assert_allclose(latents[:, :, 2], np.mean(single, 0), atol=1e-5)
 
 
+def test_blocks_may_say_where_they_are() -> None:
+    """Two of 48 channels; the others and what is decoded of them are as without."""
+    clip, tower = jnp.asarray(smooth_clip(5)), BlockTransform(places=True)
+    plain, placed = TOWER.encode(clip), tower.encode(clip)
+    np.testing.assert_array_equal(placed[:, :-2], plain[:, :-2])
+    for frame in np.asarray(placed)[0].swapaxes(0, 1):  # 2 rows, 3 columns of blocks
+        np.testing.assert_allclose(frame[-2], [[-1 / 2] * 3, [1 / 2] * 3], atol=1e-7)
+        np.testing.assert_allclose(frame[-1], [[-2 / 3, 0, 2 / 3]] * 2, atol=1e-7)
+    np.testing.assert_array_equal(tower.decode(placed), TOWER.decode(plain.at[:, -2:].set(0)))
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 32, 48, 3), (1, 5, 30, 48, 3), (1, 1, 32, 40, 3)])
 def test_other_sizes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="expected 1 \\+ 4n frames whose sides are multiples of 16"):
