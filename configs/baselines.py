@@ -4,9 +4,10 @@
 
 The name is BASE.VARIANT. BASE is the experiment that a variant is one of: demo, robotwin and robotwin_offset are the
 configs of these names, velocity is demo_velocity. far is the demo with windows of 64 rows, so that a plan may be in
-use for up to six calls, and a video tower that tells where in the picture something is, without which the router
-cannot; far_aligned is the same without offsets between planner and chunk (Eq. 12): all 64 rows are chunks. augmented
-is the demo whose training pictures are cropped, tinted and partly painted over.
+use for up to six calls, a video tower that tells where in the picture something is, without which the router cannot,
+and gates of the router that begin half open, because in so few steps they hardly move; far_aligned is the same without
+offsets between planner and chunk (Eq. 12): all 64 rows are chunks. augmented is the demo whose training pictures are
+cropped, tinted and partly painted over.
 """
 
 from ml_collections import ConfigDict
@@ -17,6 +18,7 @@ from configs import demo, demo_velocity, robotwin, robotwin_offset
 def far() -> ConfigDict:
     config = demo.get_config()
     config.model.horizon = 48
+    config.model.initial_gate = 0.0
     config.towers.video = "placed_block_transform"
     return config
 

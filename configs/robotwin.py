@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
         num_layers=30, num_heads=24, head_dim=128,
         planner_dim=3072, planner_ffn_dim=14336, executor_dim=1024, executor_ffn_dim=4096,
         latent_channels=48, text_dim=4096, freq_dim=256, action_dim=14, state_dim=14, num_queries=32,
-        chunk=16, horizon=64, memory_frames=6, memory_anchor=False, video_ratio=8,
+        initial_gate=-4.0, chunk=16, horizon=64, memory_frames=6, memory_anchor=False, video_ratio=8,
         prediction="velocity", dtype="bfloat16", remat="full",
     ))  # fmt: skip
 

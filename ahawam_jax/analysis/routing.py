@@ -64,7 +64,7 @@ def layers(policy: Policy, context: PlannerContext, observation: Observation) ->
 
 @partial(jax.jit, static_argnums=0)
 def _layer(config: ModelConfig, params: Any, queries: jax.Array, k: jax.Array, v: jax.Array) -> LayerRouting:
-    router = LayerRouter(config.num_heads, config.head_dim, jnp.dtype(config.dtype))
+    router = LayerRouter(config)
     routed, made = router.apply(
         {"params": params}, queries, k, v, mutable=["intermediates"],
         capture_intermediates=lambda module, _: module.name == "query",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ahawam_jax.evaluation.rollouts import Actor
-from data_pipelines.simulation.env import AlohaSim
+from data_pipelines.simulation.env import EPISODE_STEPS, AlohaSim
 from data_pipelines.simulation.expert import plan
 
 Knowledge = Callable[[int], dict[str, int]]  # of a seed: what its expert knows, see `plan`
@@ -22,7 +22,10 @@ def _late(delay: int) -> Knowledge:
 # {task: {what the expert lacks: what it knows}}
 CONTROLS: dict[str, dict[str, Knowledge]] = {
     "remember": {"forgets the mark, tosses a coin": _coin},
-    "react": {f"sees the cube {delay} rows late": _late(delay) for delay in (8, 16, 24, 32)},
+    "react": {
+        **{f"sees the cube {delay} rows late": _late(delay) for delay in (8, 16, 24)},
+        "never sees the knock": _late(EPISODE_STEPS),
+    },
 }
 
 

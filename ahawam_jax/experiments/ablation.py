@@ -34,7 +34,7 @@ class Size:
 
 FULL = Size()
 QUICK = Size(
-    ("remember", "react"), (0,), demonstrations=200, steps=1000, episodes=50, refreshes=(1, 2, 4), plain="remember",
+    ("remember", "react"), (0,), demonstrations=200, steps=1000, episodes=50, refreshes=(1, 2, 5), plain="remember",
     distil_steps=150, variants=("memory", "ovcr", "full"),
 )  # fmt: skip
 

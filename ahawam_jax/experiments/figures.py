@@ -15,7 +15,7 @@ from data_pipelines.disk import whole_file, writing
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-CHANCE = {"remember": 0.5, "react": 0.5}  # of a policy that does everything but remember, or react
+CHANCE = {"remember": 0.5, "react": 0.25}  # of a policy that does everything but remember, or react
 COLOURS = dict(zip(VARIANTS, ("#8c8c8c", "#d1704a", "#4a7fd1", "#8a5fc2", "#2a9d4a"), strict=True))
 
 

@@ -33,6 +33,9 @@ class ModelConfig:
     action_dim: int = 14
     state_dim: int = 14
     num_queries: int = 32  # Q
+    # Of the router's gates before training, in front of the sigmoid: at -4 routing changes the context by 2%. Adam
+    # moves a gate by about the learning rate a step, so that a short training leaves it where it began.
+    initial_gate: float = -4.0
     chunk: int = 16  # actions the executor denoises at once
     horizon: int = 64  # actions of one training window, C = horizon / chunk chunks
     memory_frames: int = 6  # W

@@ -17,8 +17,6 @@ from ahawam_jax.models.dit import SMALL_NET_EPS, SmallNet, dense, layer_norm, ov
 from ahawam_jax.models.memory import PlannerContext
 from ahawam_jax.models.partitioning import partitioned
 
-INITIAL_GATE = -4.0  # before the sigmoid, so an untrained router changes the context by 2 %
-
 
 class QueryEncoder(nn.Module):
     """Learned queries read the observation (Eq. 8). seen [B, C, P, X] -> queries [B, C, Q, X]."""
@@ -62,24 +60,22 @@ class ObservationQueries(nn.Module):
 class LayerRouter(nn.Module):
     """Routing in one layer (Eq. 9-10). queries [B, C, Q, X], k and v [B, S, N, H] -> k, v [B, C, S, N, H]."""
 
-    num_heads: int
-    head_dim: int
-    dtype: Any
+    config: ModelConfig
 
     @nn.compact
     def __call__(self, queries: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        heads = (self.num_heads, self.head_dim)
-        width = self.num_heads * self.head_dim
+        cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+        heads, width = (cfg.num_heads, cfg.head_dim), cfg.num_heads * cfg.head_dim
         y = layer_norm("query_norm", SMALL_NET_EPS, None)(queries)
-        q = dense(heads, ("embed", "heads", "head_dim"), name="query", dtype=self.dtype)(y)
+        q = dense(heads, ("embed", "heads", "head_dim"), name="query", dtype=dtype)(y)
         frame_k, frame_v = k[:, None], v[:, None]
         gathered = attention(q, frame_k, frame_v)  # queries read the frame
         returned = attention(frame_k, gathered, gathered)  # the frame's tokens read the queries
-        net = SmallNet(width, (2, *heads), self.dtype, ("embed", None, "heads", "head_dim"), name="delta")
+        net = SmallNet(width, (2, *heads), dtype, ("embed", None, "heads", "head_dim"), name="delta")
         change = net(returned.reshape(*returned.shape[:3], width))  # [B, C, S, 2, N, H]
         delta_k, delta_v = change[..., 0, :, :], change[..., 1, :, :]
         self.sow("intermediates", "change", (delta_k, delta_v))
-        gate = nn.sigmoid(self.param("gate", nn.initializers.constant(INITIAL_GATE), ())).astype(k.dtype)
+        gate = nn.sigmoid(self.param("gate", nn.initializers.constant(cfg.initial_gate), ())).astype(k.dtype)
         return frame_k + gate * delta_k, frame_v + gate * delta_v
 
 
@@ -97,7 +93,7 @@ class Router(nn.Module):
         """
         cfg = self.config
         body = remat(LayerRouter, cfg.remat_of("router")) if scanned else LayerRouter
-        layers = body(cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype), name="layers")
+        layers = body(cfg, name="layers")
         k, v = context.k[:, :, 0], context.v[:, :, 0]
         if scanned:
             scan = over_layers(nn.scan, lambda layer, _, k, v: (None, layer(queries, k, v)), length=cfg.num_layers)

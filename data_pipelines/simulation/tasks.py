@@ -124,7 +124,7 @@ class Remember(Task):
 
 
 class React(Task):
-    """The cube is knocked to one side or the other while the right hand comes down on it.
+    """The cube is knocked to one side, to the other, away from the right arm or not at all while its hand comes down.
 
     Who shows how it is done takes a while to react, as people do: else what the arm does tells where the cube is, and
     who learns from it need not look.
@@ -137,21 +137,22 @@ class React(Task):
     knocks = (42, 53)  # after so many actions it is knocked, half open
     shift = (0.08, 0.10)  # metres that it then slides, on the whole
     height = 0.15  # metres, of the lifted cube's middle
+    ways = np.array([[0, 0], [0, 1], [0, -1], [-1, 0]])  # x and y
     reactions = (0, 6)  # rows until the expert sees where the cube is, half open
     _SLOWDOWN = 8.5  # m/s^2, measured: a friction of 1 in contacts that give
 
     def draw(self, rng: np.random.Generator) -> Scene:
-        """knock: after how many actions.  length: metres.  way: 1 or -1, along y.  reaction: the expert's, in rows."""
+        """knock: after how many actions.  length: metres.  way: one of `ways`.  reaction: the expert's, in rows."""
         return {
             "knock": int(rng.integers(*self.knocks)), "length": float(rng.uniform(*self.shift)),
-            "way": int(rng.choice((-1, 1))), "reaction": int(rng.integers(*self.reactions)),
+            "way": int(rng.integers(len(self.ways))), "reaction": int(rng.integers(*self.reactions)),
         }  # fmt: skip
 
     def act(self, data: mujoco.MjData, scene: Scene, step: int) -> None:
         if step != scene["knock"]:
             return
         data.qvel[_CUBE_QVEL] = 0
-        data.qvel[_CUBE_QVEL][1] = np.sqrt(2 * self._SLOWDOWN * scene["length"]) * scene["way"]
+        data.qvel[_CUBE_QVEL][:2] = np.sqrt(2 * self._SLOWDOWN * scene["length"]) * self.ways[scene["way"]]
 
     def reward(self, data: mujoco.MjData, scene: Scene, pairs: Pairs) -> int:
         """1 between the right fingers, 2 lifted by them, 3 lifted to `height`."""

@@ -300,7 +300,7 @@ def test_scanned_executor_equals_its_layers_in_a_row(captured: dict[str, Any]) -
 def test_router_equals_its_layers_one_by_one(captured: dict[str, Any]) -> None:
     queries = captured["intermediates"]["route"]["observation_queries"]["encoder"]["queries"][0]
     frame, routed = captured["planned"].context.frame(0), captured["routed"]
-    one = jax.jit(LayerRouter(CONFIG.num_heads, CONFIG.head_dim, jnp.float32).apply)
+    one = jax.jit(LayerRouter(CONFIG).apply)
     for layer in range(CONFIG.num_layers):
         weights = layer_of(PARAMS["params"]["router"]["layers"], layer)
         k, v = one({"params": weights}, queries, frame.k[layer, :, 0], frame.v[layer, :, 0])
