@@ -13,6 +13,7 @@ import jax
 import jaxlib
 from jax import export
 
+from ahawam_jax.inference.programs import compiler_options
 from data_pipelines.files import absent, read_json
 
 ABOUT = "about.json"
@@ -84,5 +85,6 @@ def _jax() -> str:
 
 def _call(exported: export.Exported, result: Any, donated: int) -> Callable[..., Any]:
     count = len(exported.in_avals)
-    run = jax.jit(exported.call, donate_argnums=range(count - donated, count))
+    own = range(count - donated, count)
+    run = jax.jit(exported.call, donate_argnums=own, compiler_options=compiler_options())
     return lambda *arguments: jax.tree.unflatten(result, run(*jax.tree.leaves(arguments)))

@@ -17,7 +17,7 @@ from ahawam_jax.flow_matching import euler_times, noise_levels
 from ahawam_jax.inference import compiled
 from ahawam_jax.inference.background import finish
 from ahawam_jax.inference.continuing import Continued, condition, expected_state
-from ahawam_jax.inference.programs import Programs, abstract_arguments, make_programs, planner_apart, tokens_of
+from ahawam_jax.inference.programs import Programs, abstract_arguments, jitted, make_programs, planner_apart, tokens_of
 from ahawam_jax.inference.slices import SlicedRefresh
 from ahawam_jax.models.aha_wam import AhaWam, empty_memory, resident_params
 from ahawam_jax.models.config import ModelConfig
@@ -177,7 +177,8 @@ class Policy:
         self.deployed = self._deployed_planner = deploy(model.config, params, times, donate, self.max_delay > 0)
         if not self.one_queue:
             self._deployed_planner, self.deployed = planner_apart(self.deployed, self._planner_device)
-        self._programs = make_programs(model.config, self._shift, policy.routing, self.embodiment.action.present)
+        self._functions = make_programs(model.config, self._shift, policy.routing, self.embodiment.action.present)
+        self._programs = jitted(self._functions)
         self._sliced = None
         if refresh_slices != 1:
             self._sliced = SlicedRefresh(model.config, self._deployed_planner, refresh_slices)
@@ -218,7 +219,7 @@ class Policy:
 
     def save_compiled(self, folder: str | Path, episodes: int = 1) -> None:
         """Traces the policy's functions ahead of time for so many episodes at once; see `load`."""
-        compiled.write(local_path(folder), self._programs._asdict(), self._arguments(episodes)._asdict(), self._about)
+        compiled.write(local_path(folder), self._functions._asdict(), self._arguments(episodes)._asdict(), self._about)
 
     def _load_compiled(self, folder: Path) -> None:
         refresh, act = self._arguments(1)[2:]

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ahawam_jax.inference.programs import compiler_options
 from ahawam_jax.models.config import ModelConfig
 from ahawam_jax.models.deployment import Deployed, Words, give
 from ahawam_jax.models.memory import PlannerContext, PlannerMemory
@@ -32,7 +33,9 @@ class SlicedRefresh:
         params, rows = deployed.params["planner"], deployed.planner_rows[0]
         self._params = [_own(params, layers) for layers in self._layers]
         self._rows = [rows[layers] for layers in self._layers]
-        self._run = jax.jit(functools.partial(_slice, config), static_argnums=0, donate_argnums=7)
+        self._run = jax.jit(
+            functools.partial(_slice, config), static_argnums=0, donate_argnums=7, compiler_options=compiler_options()
+        )
 
     def __call__(
         self, latents: jax.Array, position: jax.Array, words: Words, memory: PlannerMemory

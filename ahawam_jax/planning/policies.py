@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from ahawam_jax.inference.programs import abstract_arguments, make_programs, tokens_of
+from ahawam_jax.inference.programs import DONATED, abstract_arguments, make_programs, tokens_of
 from ahawam_jax.models.aha_wam import resident_params
 from ahawam_jax.models.attention import ABSENT_GPU, attention_of
 from ahawam_jax.models.config import ModelConfig
@@ -61,7 +61,8 @@ def _compile(config: ConfigDict, cluster: Cluster, steps: Sequence[int], episode
     progress = Progress(2 + len(steps), "programs")
     device = jax.sharding.SingleDeviceSharding(absent_devices(cluster)[0])
 
-    def compiled(name: str, function: Any, given: Any) -> list[Kernel]:
+    def compiled(name: str, part: str, given: Any) -> list[Kernel]:
+        function = jax.jit(getattr(programs, part), donate_argnums=getattr(DONATED, part))
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), given)
         with attention_of(ABSENT_GPU):
             text = function.lower(*placed).compile().as_text()
@@ -73,9 +74,9 @@ def _compile(config: ConfigDict, cluster: Cluster, steps: Sequence[int], episode
         return abstract_arguments(model, abstract_deployed(model, count, committed), tower, size, text)
 
     one = of_steps(1)
-    seen = compiled("encoding", programs.encode, one.encode)
-    found = [seen + compiled(f"chunk, steps: {count}", programs.act, of_steps(count).act) for count in steps]
-    return [*found, seen + compiled("refresh", programs.refresh, one.refresh)]
+    seen = compiled("encoding", "encode", one.encode)
+    found = [seen + compiled(f"chunk, steps: {count}", "act", of_steps(count).act) for count in steps]
+    return [*found, seen + compiled("refresh", "refresh", one.refresh)]
 
 
 class Floor:

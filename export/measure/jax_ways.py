@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ahawam_jax.inference.programs import abstract_arguments, make_programs, tokens_of
+from ahawam_jax.inference.programs import abstract_arguments, jitted, make_programs, tokens_of
 from ahawam_jax.models.aha_wam import empty_memory
 from ahawam_jax.models.config import SPATIAL_STRIDE
 from ahawam_jax.models.deployment import abstract_deployed
@@ -44,7 +44,7 @@ def jax_ways(models: Models, steps: Sequence[int]) -> tuple[dict[int, Chunk], Re
     held = random_like(abstract_deployed(config, max(steps)), models.device)
     size = tuple(SPATIAL_STRIDE * n for n in models.grid)
     text, mask = (jnp.asarray(x.float().cpu().numpy()) for x in (models.text, models.text_mask))
-    programs = make_programs(config, shift)
+    programs = jitted(make_programs(config, shift))
     words = programs.read(held, text, mask > 0)
     context = abstract_arguments(config, held, tower, size, text).act[1]
     context = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), context)

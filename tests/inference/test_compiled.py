@@ -14,6 +14,7 @@ import pytest
 
 from ahawam_jax.checkpoints import save_params
 from ahawam_jax.commands import compile_policy
+from ahawam_jax.inference import programs
 from ahawam_jax.inference.policy import Policy, PolicyConfig, load_run
 from ahawam_jax.models.aha_wam import AhaWam, abstract_params, resident_params
 from ahawam_jax.models.attention import ABSENT_GPU, attention_of
@@ -47,6 +48,17 @@ def drive(policy: Policy, episodes: int = 2) -> np.ndarray:
         actions, state = policy({name: x[:episodes] for name, x in images.items()}, robot_state[:episodes], state)
         out.append(actions)
     return np.stack(out)
+
+
+def test_sums_are_not_handed_to_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, where it would cost a chunk half its speed; an XLA that has no such option goes its own way."""
+    x = np.random.default_rng(0).standard_normal((16, 288), np.float32)
+    given = jax.jit(lambda x: x / jnp.abs(x).sum(-1, keepdims=True)).lower(x)
+    own = given.compile(compiler_options=programs.compiler_options())
+    assert "ynn" not in own.as_text()
+    np.testing.assert_allclose(own(x), given.compile()(x), rtol=5e-6)  # 288 roundings of 2^-24, most of which cancel
+    monkeypatch.setattr(programs, "_OWN_SUMS", {"xla_option_of_tomorrow": "true"})
+    assert programs.compiler_options.__wrapped__() == {}
 
 
 def test_weights_lie_in_the_dtype_they_are_used_in(run: Path) -> None:

@@ -150,7 +150,7 @@ def test_the_knock_comes_without_notice() -> None:
 @pytest.mark.parametrize(("delay", "solved"), [(8, True), (24, False)])
 def test_reacting_needs_a_fresh_look(delay: int, solved: bool) -> None:
     sim = AlohaSim("react")
-    for seed in (1, 5, 7):
+    for seed in (1, 3, 5):  # one of each way
         sim.reset(seed)
         run(sim, plan(sim, delay=delay))
         assert sim.success == sim.held == solved, (seed, sim.scene)
