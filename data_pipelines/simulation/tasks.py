@@ -137,7 +137,7 @@ class React(Task):
     knocks = (42, 53)  # after so many actions it is knocked, half open
     shift = (0.08, 0.10)  # metres that it then slides, on the whole
     height = 0.15  # metres, of the lifted cube's middle
-    ways = np.array([[0, 0], [0, 1], [0, -1], [-1, 0]])  # x and y
+    ways = np.array([[0, 0], [0, 1], [0, -1], [-1, 0]])  # x and y; the first is none
     reactions = (0, 6)  # rows until the expert sees where the cube is, half open
     _SLOWDOWN = 8.5  # m/s^2, measured: a friction of 1 in contacts that give
 
@@ -149,7 +149,7 @@ class React(Task):
         }  # fmt: skip
 
     def act(self, data: mujoco.MjData, scene: Scene, step: int) -> None:
-        if step != scene["knock"]:
+        if step != scene["knock"] or not scene["way"]:
             return
         data.qvel[_CUBE_QVEL] = 0
         data.qvel[_CUBE_QVEL][:2] = np.sqrt(2 * self._SLOWDOWN * scene["length"]) * self.ways[scene["way"]]
