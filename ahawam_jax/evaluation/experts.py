@@ -23,7 +23,7 @@ def _late(delay: int) -> Knowledge:
 CONTROLS: dict[str, dict[str, Knowledge]] = {
     "remember": {"forgets the mark, tosses a coin": _coin},
     "react": {
-        **{f"sees the cube {delay} rows late": _late(delay) for delay in (8, 16, 24)},
+        **{f"sees the cube {delay} rows late": _late(delay) for delay in (16, 24)},
         "never sees the knock": _late(EPISODE_STEPS),
     },
 }

@@ -138,7 +138,7 @@ class React(Task):
     shift = (0.08, 0.10)  # metres that it then slides, on the whole
     height = 0.15  # metres, of the lifted cube's middle
     ways = np.array([[0, 0], [0, 1], [0, -1], [-1, 0]])  # x and y; the first is none
-    reactions = (0, 6)  # rows until the expert sees where the cube is, half open
+    reactions = (5, 11)  # rows until the expert sees where the cube is, half open
     _SLOWDOWN = 8.5  # m/s^2, measured: a friction of 1 in contacts that give
 
     def draw(self, rng: np.random.Generator) -> Scene:
