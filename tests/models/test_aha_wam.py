@@ -307,6 +307,14 @@ def test_router_equals_its_layers_one_by_one(captured: dict[str, Any]) -> None:
         assert_close((k, v), (routed.k[layer], routed.v[layer]))
 
 
+@pytest.mark.parametrize("gate", [-4.0, 0.0])
+def test_gates_begin_where_the_config_says(gate: float) -> None:
+    config = dataclasses.replace(CONFIG, initial_gate=gate)
+    queries, kv = normal(0, 1, 1, 2, config.text_dim), normal(1, 1, 3, config.num_heads, config.head_dim)
+    params = LayerRouter(config).init(jax.random.key(0), queries, kv, kv)["params"]
+    assert params["gate"] == gate
+
+
 def test_scanned_router_equals_all_layers_at_once() -> None:
     shape = (CONFIG.num_layers, BATCH, 1, TOKENS, CONFIG.num_heads, CONFIG.head_dim)
     context = PlannerContext(normal(24, *shape), normal(25, *shape))
