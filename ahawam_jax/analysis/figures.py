@@ -80,7 +80,7 @@ def draw_movement(moved: Sequence[Movement]) -> Figure:
     """How far routing moves K and V by layer: a thin line for each plan, a thick one for their mean."""
     figure, panels = _figure(
         "What to see: how much of K and of V routing replaces in each layer (left), whether it turns them (middle), "
-        "and how far the learned gate, sigmoid(-4) = 0.018 before training, has opened (right).", 1, 3, (9, 2.8),
+        "and how far the learned gate is open (right).", 1, 3, (9, 2.8),
     )  # fmt: skip
     of_layer = np.arange(len(moved[0].gate)) + 1
     for kind, colour in enumerate((COLOURS["fresh"], COLOURS["stale"])):

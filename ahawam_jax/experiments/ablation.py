@@ -36,7 +36,7 @@ FULL = Size()
 QUICK = Size(
     ("remember", "react"), (0,), demonstrations=200, steps=1000, episodes=50, refreshes=(1, 2, 5), plain="remember",
     distil_steps=150,
-    variants=(("remember", ("ovcr", "full")), ("react", ("memory", "full"))),  # without what a task is for, and with
+    variants=(("remember", ("memory", "ovcr", "full")), ("react", ("memory", "full"))),
 )  # fmt: skip
 
 
