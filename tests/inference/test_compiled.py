@@ -54,9 +54,11 @@ def test_sums_are_not_handed_to_a_library(monkeypatch: pytest.MonkeyPatch) -> No
     """On a CPU, where it would cost a chunk half its speed; an XLA that has no such option goes its own way."""
     x = np.random.default_rng(0).standard_normal((16, 288), np.float32)
     given = jax.jit(lambda x: x / jnp.abs(x).sum(-1, keepdims=True)).lower(x)
-    own = given.compile(compiler_options=programs.compiler_options())
-    assert "ynn" not in own.as_text()
-    np.testing.assert_allclose(own(x), given.compile()(x), rtol=5e-6)  # 288 roundings of 2^-24, most of which cancel
+    if options := programs.compiler_options():  # a later XLA may have none
+        own = given.compile(compiler_options=options)
+        assert "ynn" not in own.as_text()
+        # 288 roundings of 2^-24, most of which cancel.
+        np.testing.assert_allclose(own(x), given.compile()(x), rtol=5e-6)
     monkeypatch.setattr(programs, "_OWN_SUMS", {"xla_option_of_tomorrow": "true"})
     assert programs.compiler_options.__wrapped__() == {}
 
