@@ -36,10 +36,10 @@ AHAWAM = {
     },
     "planning": {"hlo", "models", "towers", "inference", "training"},
     "verification": {"models", "flow_matching", "sampling", "weights", "towers", "training"},
-    "evaluation": {"inference"},
+    "analysis": {"models", "towers", "inference"},
+    "evaluation": {"inference", "analysis"},
     "serving": {"inference"},
     "experiments": {"evaluation", "inference"},
-    "analysis": {"models", "towers", "inference"},
     "commands": {
         "models", "sampling", "weights", "towers", "checkpoints", "inference", "training", "planning", "verification",
         "evaluation", "experiments", "serving",

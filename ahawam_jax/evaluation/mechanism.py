@@ -1,17 +1,13 @@
 """One rollout watched from inside: what was seen, planned, read by the router and done."""
 
 import dataclasses
-import math
 import sys
 from collections.abc import Mapping
-from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ahawam_jax.inference.policy import Policy
+from ahawam_jax.analysis.routing import layers
+from ahawam_jax.inference.policy import Observation, Policy, PolicyState
 from data_pipelines.progress import Progress
 from data_pipelines.simulation.env import EPISODE_STEPS, STATE_NAMES
 from data_pipelines.simulation.parallel import ParallelSims
@@ -28,7 +24,7 @@ class Call:
     row: int  # control step that it saw
     planned_at: int  # control step of the frame that its plan is of
     actions: np.ndarray  # float32 [T, m], for the control steps after `row`
-    reads: np.ndarray | None  # [S] as of `mean_reads`, sums to 1; None without routing
+    reads: np.ndarray | None  # [S] as of `mean_reads`; None without routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,25 +71,12 @@ class Story:
         return max(end - call.planned_at for call, end in self.uses)
 
 
-def routing_reads(model: nn.Module, params: Any, context: Any, latents: jax.Array) -> jax.Array:
-    """How much each routing query reads each token of the plan's frame (Eq. 9): softmax(q k / sqrt(H)) over S.
+def mean_reads(policy: Policy, state: PolicyState, observation: Observation) -> np.ndarray:
+    """How much the router reads each token of the plan's frame (Eq. 9), the mean over layers, heads and queries.
 
-    model, params: an AhaWam and its parameters, in either form. context: PlannerContext [L, B, 1, S, N, H]. latents:
-    of the observation, [B, c, 1, h, w]. The queries are those that the model itself computes. float32 [L, B, N, Q, S].
+    float32 [S], rows of tokens from the top left; sums to 1.
     """
-    _, captured = model.apply(
-        {"params": params}, context, latents[:, None], method="route", mutable="intermediates",
-        capture_intermediates=lambda module, _: module.name == "query",
-    )  # fmt: skip
-    q = captured["intermediates"]["router"]["layers"]["query"]["__call__"][0][:, :, 0]  # [L, B, Q, N, H]
-    k = context.k[:, :, 0]
-    scores = jnp.einsum("lbqnh,lbsnh->lbnqs", q, k, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(scores / math.sqrt(k.shape[-1]), -1)
-
-
-def mean_reads(model: nn.Module, params: Any, context: Any, latents: jax.Array) -> jax.Array:
-    """`routing_reads`, the mean over layers, heads and queries: float32 [B, S], rows of tokens from the top left."""
-    return routing_reads(model, params, context, latents).mean((0, 2, 3))
+    return np.mean([layer.weights for layer in layers(policy, state.context, observation)], (0, 1, 2))
 
 
 def check_fits(policy: Policy) -> None:
@@ -109,7 +92,6 @@ def check_fits(policy: Policy) -> None:
 def watch(policy: Policy, task: str, seed: int, rows: int = EPISODE_STEPS) -> Story:
     """One episode of `rows` control steps. Raises ValueError for a policy that does not fit the simulated robot."""
     check_fits(policy)
-    reads_of = jax.jit(lambda params, context, latents: mean_reads(policy.model, params, context, latents))
     state = policy.start([TASKS[task].instruction])
     progress = Progress(rows, f"steps of {task}, seed {seed}", stream=sys.stderr)
     canvases, states, stages, calls, scenes = [], [], [], [], {}
@@ -127,9 +109,7 @@ def watch(policy: Policy, task: str, seed: int, rows: int = EPISODE_STEPS) -> St
             observation = policy.encode(images, robot_state, 1)
             if state.calls % policy.config.refresh_every == 0:
                 state = policy.refresh(observation, state)
-            reads = None
-            if policy.config.routing:
-                reads = np.asarray(reads_of(policy.deployed.params, state.context, observation.latents))[0]
+            reads = mean_reads(policy, state, observation) if policy.config.routing else None
             planned_at = state.planned_at
             actions, state = policy.act(observation, state)
             calls.append(Call(row, planned_at, actions[0], reads))

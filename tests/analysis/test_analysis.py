@@ -83,7 +83,7 @@ def test_weights_are_a_softmax_by_hand_and_give_what_the_model_computes() -> Non
 
 
 def test_maps_sum_to_one_and_are_the_routers_by_hand(tiny: Policy) -> None:
-    """The first layer's map from its parameters, in float64."""
+    """Every layer's map from its parameters, in float64."""
     shown = episode(tiny, 0)
     plan, now = last(tiny, shown), shown.at(20)
     found = look(tiny, plan.after, now)
@@ -94,14 +94,16 @@ def test_maps_sum_to_one_and_are_the_routers_by_hand(tiny: Policy) -> None:
     queries = np.asarray(MODEL.apply(
         {"params": PARAMS}, now.latents[:, None], method=lambda model, x: model.observation_queries(x)
     ), np.float64)[0, 0]  # fmt: skip
-    of = jax.tree.map(lambda x: x[0].astype(np.float64), PARAMS["router"]["layers"])
-    y = (queries - queries.mean(-1, keepdims=True)) / np.sqrt(queries.var(-1, keepdims=True) + 1e-5)
-    y = y * of["query_norm"]["scale"] + of["query_norm"]["bias"]
-    q = np.einsum("qx,xnh->qnh", y, of["query"]["kernel"]) + of["query"]["bias"]
-    scores = np.einsum("qnh,knh->qnk", q, np.asarray(plan.after.context.k[0, 0, 0], np.float64)) / math.sqrt(12)
-    powers = np.exp(scores - scores.max(-1, keepdims=True))
-    # float32 scores of up to 20 are off by some 1e-5, and so are relative weights.
-    assert_close(found.layers[0].reshape(2, 2, 6), powers / powers.sum(-1, keepdims=True), 1e-4)
+    normed = (queries - queries.mean(-1, keepdims=True)) / np.sqrt(queries.var(-1, keepdims=True) + 1e-5)
+    for layer, mapped in enumerate(found.layers):
+        of = jax.tree.map(lambda x, i=layer: x[i].astype(np.float64), PARAMS["router"]["layers"])
+        y = normed * of["query_norm"]["scale"] + of["query_norm"]["bias"]
+        q = np.einsum("qx,xnh->qnh", y, of["query"]["kernel"]) + of["query"]["bias"]
+        k = np.asarray(plan.after.context.k[layer, 0, 0], np.float64)
+        scores = np.einsum("qnh,knh->qnk", q, k) / math.sqrt(12)
+        powers = np.exp(scores - scores.max(-1, keepdims=True))
+        # float32 scores of up to 20 are off by some 1e-5, and so are relative weights.
+        assert_close(mapped.reshape(2, 2, 6), powers / powers.sum(-1, keepdims=True), 1e-4)
 
 
 def test_queries_without_a_direction_look_everywhere_alike() -> None:

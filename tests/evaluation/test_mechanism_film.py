@@ -1,18 +1,18 @@
-"""The film of the mechanism: what the router reads, by hand; and pages that show what happened."""
+"""The film of the mechanism: pages that show what happened, and a rollout with what the router read in it."""
 
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
 import av
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from ahawam_jax.analysis.routing import look
 from ahawam_jax.commands import film
-from ahawam_jax.evaluation.mechanism import Call, Story, check_fits, mean_reads, routing_reads, watch
+from ahawam_jax.evaluation.mechanism import Call, Story, check_fits, watch
 from ahawam_jax.evaluation.mechanism_film import (
     AGED,
     CAPTION,
@@ -35,14 +35,11 @@ from ahawam_jax.evaluation.mechanism_film import (
     most_moved,
 )
 from ahawam_jax.inference.policy import Policy
-from ahawam_jax.models.aha_wam import AhaWam
-from ahawam_jax.models.memory import PlannerContext
 from ahawam_jax.towers.stand_ins import BlockTransform
 from data_pipelines.embodiment import Embodiment
 from data_pipelines.simulation.parallel import ParallelSims
 from data_pipelines.simulation.rendering import check_rendering
 from data_pipelines.simulation.tasks import TASKS
-from tests.tiny_model import BATCH, CONFIG, HEIGHT, TOKENS, WIDTH, normal, random_params
 
 needs_drawing = pytest.mark.skipif(check_rendering() is not None, reason=str(check_rendering()))
 ROWS, CHUNK, EXECUTE, EVERY = 60, 10, 5, 3  # a call every 5 steps, a plan every 15
@@ -73,29 +70,6 @@ def story() -> Story:
 def near(colour: np.ndarray, other: tuple[int, int, int]) -> np.ndarray:
     """Whether pixels [..., 3] have a colour, as far as shrinking leaves it."""
     return np.abs(colour.astype(int) - other).max(-1) < 24
-
-
-def test_what_the_router_reads_is_a_softmax_by_hand() -> None:
-    model, params = AhaWam(CONFIG), random_params()
-    shape = (CONFIG.num_layers, BATCH, 1, TOKENS, CONFIG.num_heads, CONFIG.head_dim)
-    context = PlannerContext(normal(0, *shape), normal(1, *shape))
-    latents = normal(2, BATCH, CONFIG.latent_channels, 1, HEIGHT, WIDTH)
-    with jax.default_matmul_precision("highest"):
-        got = np.asarray(routing_reads(model, params, context, latents))
-        queries = model.apply({"params": params}, latents[:, None], method=lambda net, x: net.observation_queries(x))
-    layers = jax.tree.map(np.float64, params["router"]["layers"])
-    x = np.float64(queries)[:, 0]
-    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-    for layer in range(CONFIG.num_layers):
-        norm, query = ({name: y[layer] for name, y in layers[part].items()} for part in ("query_norm", "query"))
-        q = np.einsum("bqx,xnh->bqnh", x * norm["scale"] + norm["bias"], query["kernel"]) + query["bias"]
-        scores = np.einsum("bqnh,bsnh->bnqs", q, np.float64(context.k)[layer, :, 0]) / np.sqrt(CONFIG.head_dim)
-        expected = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-        # Float32: the exponent of a score of 30 carries 30 times its relative error of some 1e-7.
-        np.testing.assert_allclose(got[layer], expected, rtol=2e-5, atol=1e-6)
-    assert got.shape == (CONFIG.num_layers, BATCH, CONFIG.num_heads, CONFIG.num_queries, TOKENS)
-    np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-6)
-    np.testing.assert_allclose(mean_reads(model, params, context, latents), got.mean((0, 2, 3)), rtol=1e-5)
 
 
 def test_refresh_marks_stand_where_refreshes_were(story: Story) -> None:
@@ -206,7 +180,10 @@ def test_a_film_of_the_simulation(
         for call in story.calls:
             robot_state, images = sims.observe()
             np.testing.assert_array_equal(robot_state[0], story.states[call.row])
+            observation = policy.encode(images, robot_state, 1)
             actions, state = policy(images, robot_state, state)
+            where = look(policy, state, observation).layers  # tests of the analysis compute it by hand
+            np.testing.assert_allclose(call.reads.reshape(where.shape[-2:]), where.mean((0, 1, 2)), rtol=1e-5)
             np.testing.assert_array_equal(actions[0], call.actions)
             sims.run(actions[:, :3])
 
