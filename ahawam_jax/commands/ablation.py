@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=local_path, required=True, help="folder of datasets, runs and results")
     parser.add_argument("--page", type=local_path, help="folder of results.md (default: OUT)")
-    parser.add_argument("--quick", action="store_true", help="two tasks, one training of each variant, fewer steps")
+    parser.add_argument("--quick", action="store_true", help="two tasks, two or three variants of each, fewer steps")
     parser.add_argument("--only", nargs="+", metavar="CELL", help="cells to run, * and ? stand for anything")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     options = parser.parse_args(argv)

@@ -176,6 +176,38 @@ class Norm(nn.Module):
         yield f"{prefix}bias", self.bias
 
 
+class Stacked(nn.Module):
+    """A linear layer per layer of the model, x [L, R, I] -> [L, R, O], as one batched product."""
+
+    def __init__(self, layers: int, inputs: int, outputs: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = parameter(layers, outputs, inputs, dtype=dtype)
+        self.bias = parameter(layers, outputs, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias[:, None], x.to(self.weight.dtype), self.weight.transpose(1, 2))
+
+    def views(self, prefix: str) -> Views:
+        """prefix has {i} for the layer."""
+        for i, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
+            yield f"{prefix.format(i=i)}weight", weight
+            yield f"{prefix.format(i=i)}bias", bias
+
+
+class StackedNorm(nn.Module):
+    """A layer norm per layer of the model: x [1 or L, R, I] -> [L, R, I] float32."""
+
+    def __init__(self, layers: int, width: int):
+        super().__init__()
+        self.weight, self.bias = parameter(layers, width), parameter(layers, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x.float(), x.shape[-1:], eps=SMALL_NET_EPS)
+        return y * self.weight[:, None] + self.bias[:, None]
+
+    views = Stacked.views
+
+
 class HeadNorm(nn.Module):
     """Root-mean-square norm over all heads at once, [..., N*H] -> [..., N, H], in float32, in the dtype of x."""
 
