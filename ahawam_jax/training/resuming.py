@@ -22,6 +22,7 @@ from data_pipelines.disk import whole_file, writing
 FREE_FIELDS = (
     "train.log_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.validate_every", "train.keep",
     "train.max_bad_steps", "mesh", "data.cache", "data.latents", "data.latent_clips", "data.workers", "policy", "init",
+    "model.initial_gate",  # has done what it does before the first step
     "towers.video_weights", "towers.text_cache", "train.steps", "train.epochs",
     "data.path", "data.validation_episodes",  # what they lead to is compared by its content
 )  # fmt: skip

@@ -248,6 +248,7 @@ def test_which_fields_may_change(config: ConfigDict) -> None:
     config.data.update(path="elsewhere", cache="x", workers=2)
     config.policy.steps = 4
     config.mesh.fsdp = 1
+    config.model.initial_gate = 0.0
     check_config(record, config, Path("run"))
     config.data.head_size = (32, 32)
     config.optimizer.warmup_fraction = 0.1
