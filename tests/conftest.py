@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -58,6 +59,15 @@ def shared_dir() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return reference.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ordinary_priority() -> Iterator[None]:
+    """What a library did to this process's priority in one file would slow or stop the tests of all others."""
+    yield
+    if hasattr(os, "sched_getscheduler"):
+        found = os.sched_getscheduler(0)
+        assert found not in (os.SCHED_FIFO, os.SCHED_RR), "left with a priority of real time; see own_priority"
 
 
 @pytest.fixture

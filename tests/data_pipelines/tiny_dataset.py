@@ -1,7 +1,9 @@
 """A tiny LeRobot dataset, v2.1 or v3.0, whose frames carry their own number, for tests."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
@@ -154,6 +156,23 @@ def _write(path: Path, table: pa.Table) -> None:
     pq.write_table(table, path)
 
 
+@contextmanager
+def own_priority() -> Iterator[None]:
+    """After the block this thread has the priority that it had before.
+
+    Where root calls it, SVT-AV1 gives its caller the highest priority of real time, for good: threads started from
+    then on inherit it, and on a few cores all that has an ordinary one then starves.
+    """
+    if not hasattr(os, "sched_getscheduler"):
+        yield
+        return
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, priority)
+
+
 def write_video(
     path: Path,
     images: list[np.ndarray],
@@ -162,7 +181,7 @@ def write_video(
     fps: int | None = None,
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+    with own_priority(), av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream(codec, rate=fps or FPS, options=options)
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = "yuv420p"
