@@ -23,16 +23,18 @@ def sums(arrays: Sequence[Any]) -> list[int]:
 
     Arrays on devices are added up there: no byte of them comes to the host.
     """
-    on_devices = [x for x in arrays if isinstance(x, jax.Array)]
-    found = iter(_everywhere(_device_sums, on_devices) if on_devices else ())
-    return [int(next(found)) if isinstance(x, jax.Array) else _sum(np.asarray(x)) for x in arrays]
+    away = [x for x in arrays if not _at_hand(x)]
+    found = iter(_everywhere(_device_sums, away) if away else ())
+    return [_sum(np.asarray(x)) if _at_hand(x) else int(next(found)) for x in arrays]
 
 
 def find_not_finite(tree: Any) -> str | None:
-    """The first array on devices, by path, with a value that is not finite. All processes call it together."""
+    """The first array of JAX, by path, with a value that is not finite. All processes call it together."""
     arrays = {name: x for name, x in named(tree).items() if isinstance(x, jax.Array)}
     leaves = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
-    finite = _everywhere(_all_finite, list(leaves.values())) if leaves else ()
+    away = [x for x in leaves.values() if not _at_hand(x)]
+    found = iter(_everywhere(_all_finite, away) if away else ())
+    finite = [np.isfinite(np.asarray(x)).all() if _at_hand(x) else next(found) for x in leaves.values()]
     return next((name for name, fine in zip(leaves, finite, strict=True) if not fine), None)
 
 
@@ -45,6 +47,13 @@ def name_of(path: tuple[Any, ...]) -> str:
     """Tree path as 'params/planner/...', whether its containers are structs, dicts, tuples or their JSON form."""
     parts = (getattr(key, "name", getattr(key, "key", getattr(key, "idx", None))) for key in path)
     return "/".join(str(part) for part in parts)
+
+
+def _at_hand(x: Any) -> bool:
+    """Whether the host has the array's numbers in its own memory, so that there is nothing to compile for them."""
+    return not isinstance(x, jax.Array) or (
+        x.is_fully_addressable and all(device.platform == "cpu" for device in x.sharding.device_set)
+    )
 
 
 def _everywhere(compute: Any, arrays: list[jax.Array]) -> np.ndarray:

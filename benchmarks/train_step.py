@@ -35,6 +35,7 @@ from ahawam_jax.planning.program import read
 from ahawam_jax.towers.stand_ins import BlockTransform
 from ahawam_jax.training.objective import ObjectiveConfig
 from ahawam_jax.training.optimizer import OptimizerConfig, make_optimizer
+from ahawam_jax.training.packing import pays
 from ahawam_jax.training.step import Batch, create_state, make_train_step
 from configs import robotwin
 from data_pipelines.windows import WindowConfig
@@ -84,7 +85,8 @@ def step_of(config: ModelConfig, run: ConfigDict) -> tuple[Callable[..., Any], C
     """
     optimizer = OptimizerConfig(**run.optimizer)
     model, tx = AhaWam(config), make_optimizer(optimizer, run.train.steps)
-    step = make_train_step(model, tx, ObjectiveConfig(**run.objective), optimizer)
+    packed = pays(jax.devices()[:1])
+    step = make_train_step(model, tx, ObjectiveConfig(**run.objective), optimizer, packed=packed)
     return (
         lambda state, batch, key: step(state, batch, BlockTransform(), key),
         lambda key: nn.unbox(create_state(model, tx, key, False)),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ahawam_jax import checkpoint_sums
 from ahawam_jax import checkpoints as module
 from ahawam_jax.checkpoint_keep import Keep
 from ahawam_jax.checkpoint_sums import sums
@@ -141,6 +142,15 @@ def test_which_steps_are_kept(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).steps == [2, 4, 6]
 
 
+@pytest.fixture(params=["at hand", "on devices"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where JAX's arrays are read: by the host, as those of its own CPU devices are, or as those of a GPU."""
+    if request.param == "on devices":
+        monkeypatch.setattr(checkpoint_sums, "_at_hand", lambda x: not isinstance(x, jax.Array))
+    return request.param
+
+
+@pytest.mark.usefixtures("place")
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     save(tmp_path, 1)
     checkpoints, broken = Checkpoints(tmp_path), state(2)
@@ -151,6 +161,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).steps == [1]
 
 
+@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool"])
 def test_sums_are_the_same_wherever_they_are_computed(dtype: str) -> None:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 40)) * 100, dtype)

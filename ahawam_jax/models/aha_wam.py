@@ -1,5 +1,6 @@
 """AhaWam: planner -> context of the current frame -> router -> executor. The composition, nothing else."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -138,8 +139,9 @@ def init(model: AhaWam, key: jax.Array) -> Any:
         return model.init(key, latents, latents[:, None], actions, states, text, text_mask)["params"]
 
 
+@functools.lru_cache(maxsize=8)  # tracing takes a second
 def abstract_params(config: ModelConfig) -> Any:
-    """Shapes, dtypes and logical axes of every parameter, without allocating anything."""
+    """Shapes, dtypes and logical axes of every parameter, without allocating anything. Not to be changed."""
     return jax.eval_shape(lambda key: init(AhaWam(config), key), jax.ShapeDtypeStruct((2,), jnp.uint32))
 
 

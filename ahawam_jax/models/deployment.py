@@ -44,8 +44,9 @@ class Words:
     mask: jax.Array  # [B, K] bool
 
 
+@functools.lru_cache(maxsize=8)  # tracing takes seconds
 def deployed_shapes(config: ModelConfig) -> Any:
-    """Shapes and dtypes of the parameters of AhaWam(config, deployed=True)."""
+    """Shapes and dtypes of the parameters of AhaWam(config, deployed=True). Not to be changed."""
 
     def touch(model: AhaWam) -> None:
         tokens, text, mask = 1, jnp.zeros((1, 1, config.text_dim)), jnp.ones((1, 1), bool)

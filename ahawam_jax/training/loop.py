@@ -29,6 +29,7 @@ from ahawam_jax.training.host_memory import give_back, trim
 from ahawam_jax.training.in_order import in_order
 from ahawam_jax.training.metrics import PLAIN, Log, Monitoring, Wandb
 from ahawam_jax.training.optimizer import OptimizerConfig, join, learning_rate, make_optimizer
+from ahawam_jax.training.packing import pays
 from ahawam_jax.training.profiling import Profile
 from ahawam_jax.training.resuming import check_config, check_length, read_record, steps_of, write_config
 from ahawam_jax.training.step import TrainState, create_state, make_train_step
@@ -99,8 +100,9 @@ def _train(
     state, layout = initial_state(model, tx, key, ema, mesh, checkpoints, config.init, optimizer, distilled)
     start = int(state.step)
     run = {"config": asked, "steps": config.train.steps, **data.record}
+    one_step = make_train_step(model, tx, objective, optimizer, data.robots, pays(list(mesh.devices.flat)))
     step_fn = jax.jit(
-        in_order(with_votes(make_train_step(model, tx, objective, optimizer, data.robots))), donate_argnums=0,
+        in_order(with_votes(one_step)), donate_argnums=0,
         out_shardings=(layout, sharding.replicated(mesh), sharding.replicated(mesh)),
     )  # fmt: skip
     validate = Validation(model, objective, config, data, mesh, tower)
@@ -207,12 +209,15 @@ def initial_state(
     start_from: a workdir or checkpoint step whose deployed parameters a fresh state begins with (config.init).
     lora: where adapters are described, if at all.  distilled: keeps the executor that it starts with, as teacher.
     """
-    boxed = jax.eval_shape(lambda: create_state(model, tx, key, ema, lora, distilled))
+
+    def create() -> TrainState:  # one function, which JAX traces once
+        return create_state(model, tx, key, ema, lora, distilled)
+
+    boxed = jax.eval_shape(create)
     layout, like = sharding.shardings(boxed, mesh), sharding.abstract(boxed, mesh)
     if checkpoints.latest is not None:
         return checkpoints.restore_state(checkpoints.latest, like), layout
-    create = jax.jit(lambda: nn.unbox(create_state(model, tx, key, ema, lora, distilled)), out_shardings=layout)
-    state = create()
+    state = nn.unbox(jax.jit(create, out_shardings=layout)())
     if start_from:
         _, adapters = without_adapters(state.params)
         state = state.replace(params=None, ema=None, teacher=None)  # their memory is needed

@@ -24,6 +24,7 @@ from ahawam_jax.training.breakdown import batch_sums, breakdown
 from ahawam_jax.training.distillation import Distillation, Objective, distillation_loss, executor_of, sample_start
 from ahawam_jax.training.objective import joint_loss, sample_noise
 from ahawam_jax.training.optimizer import OptimizerConfig, join, split
+from ahawam_jax.training.packing import apply_if, pack
 
 Batch = dict[str, jax.Array]
 
@@ -113,12 +114,13 @@ def make_loss(model: AhaWam, objective: Objective, robots: int) -> Loss:
 
 def make_train_step(
     model: AhaWam, tx: optax.GradientTransformation, objective: Objective, optimizer: OptimizerConfig,
-    robots: Sequence[str] = (),
+    robots: Sequence[str] = (), packed: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """The pure function (state, batch, tower, key) -> (state, metrics).
 
     The randomness of a step is a function of `key` and the step's number alone. metrics["skipped"] is 1 where the step
     was skipped, else 0. metrics["parts"] is a vector, see `breakdown.names`; robots: what `robot` of the batch counts.
+    packed: with the update rule of `packing`, see there.
     """
 
     loss_of = make_loss(model, objective, len(robots))
@@ -164,26 +166,31 @@ def make_train_step(
             )
             metrics, gradient = jax.tree.map(lambda x: x / count, total)
 
-        updates, opt_state = tx.update(gradient, state.opt_state, trained)
-        params = join(optax.apply_updates(trained, updates), frozen)
+        gradient = pack(gradient) if packed else gradient
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         metrics["parts"] = breakdown(metrics["parts"], gradient, state.params)
-        ema = state.ema
-        if ema is not None:
-            # Early on the average follows closely, so that it is not dominated by the initial values.
-            decay = jnp.minimum(optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-            average, kept = split(ema, optimizer.freeze)  # an average of equal numbers is not always their bits
-            average = jax.tree.map(
-                lambda old, new: decay * old + (1 - decay) * new, average, split(params, optimizer.freeze)[0]
-            )
-            ema = join(average, kept)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         metrics["skipped"] = 1.0 - finite
-        learned = (params, opt_state, ema)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), learned, (state.params, state.opt_state, state.ema)
-        )
-        params, opt_state, ema = kept
+        # Early on the average follows closely, so that it is not dominated by the initial values.
+        decay = jnp.minimum(optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+
+        def learn(before: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+            trained, opt_state, average = before
+            updates, opt_state = tx.update(gradient, opt_state, trained)
+            trained = optax.apply_updates(trained, updates)
+            if average is not None:
+                average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, trained)
+            return trained, opt_state, average
+
+        # An average of equal numbers is not always their bits, so that of frozen ones is kept.
+        average, kept = (None, None) if state.ema is None else split(state.ema, optimizer.freeze)
+        before = trained, state.opt_state, average
+        if packed:
+            after = apply_if(finite, learn, before)
+        else:
+            after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), learn(before), before)
+        trained, opt_state, average = after
+        params, ema = join(trained, frozen), None if average is None else join(average, kept)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     return train_step
