@@ -20,6 +20,7 @@ this file; the released side, which hardly changes, says how far the two runs of
 """
 
 import argparse
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -43,6 +44,7 @@ from ahawam_jax.weights.release import to_release
 from benchmarks import train_step
 from benchmarks.sides import Side, machine, prepare
 from configs import demo, robotwin
+from data_pipelines.processes import ending
 from data_pipelines.progress import Progress
 from export.released.training import Noise, ReleasedTraining, Trainer, draw_noise
 
@@ -55,6 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SAMPLES = {"demo": 16, "mid": 4, "tiny": 2}
 FIRST, LATER, RELEASED = "ours, first start", "ours, later start", "released way, eager"
+SEED = 1  # of the noise
 CHECKED, WARM_UP = 3, 4  # steps with the same noise, and steps before the first that counts
 AGREEMENT = 1e-3  # of the losses of these steps, relative; float32, and Adam divides by small numbers
 
@@ -68,28 +71,39 @@ def run_of(size: str) -> ConfigDict:
     return run
 
 
-class Ours:
-    """The step as `ahawam train` compiles it. Leaves weights, batch and first noise in the folder."""
+def ours(size: str) -> tuple[ModelConfig, ConfigDict, Any, Any, dict[str, Any]]:
+    """The model and its run, the step, the state that it begins with, and its batch."""
+    run = run_of(size)
+    config = ModelConfig.create(run.model)
+    step, create = train_step.step_of(config, run)
+    state = jax.jit(create)(jax.random.key(0))
+    windows, text = make_windows(run, config), run.towers.text_length
+    batch = train_step.random_batch(config, SAMPLES[size], make_canvas(run).size, windows, text)
+    return config, run, step, state, batch | {"context": batch["context"].astype(np.float32)}
 
-    def __init__(self, size: str, folder: Path) -> None:
-        run = run_of(size)
-        config = ModelConfig.create(run.model)
-        step, create = train_step.step_of(config, run)
-        self.key = jax.random.key(1)
-        self.state = jax.jit(create)(jax.random.key(0))
-        windows, text = make_windows(run, config), run.towers.text_length
-        self.batch = train_step.random_batch(config, SAMPLES[size], make_canvas(run).size, windows, text)
-        self.batch["context"] = self.batch["context"].astype(np.float32)
-        save(to_release(self.state.params), folder / "weights")
-        save(self.batch, folder / "batch")
-        objective = ObjectiveConfig(**run.objective)
-        for i in range(CHECKED):
-            key = jax.random.fold_in(jax.random.fold_in(self.key, i), 0)  # of step i and its only microbatch
-            noise = sample_noise(key, self.batch, AhaWam(config), objective)
-            drawn = (noise.video, noise.video_times, noise.action[0], noise.action_times[0])
-            save(dict(zip(Noise._fields, drawn, strict=True)), folder / f"noise{i}")
+
+def leave(size: str, folder: Path) -> None:
+    """Weights, batch and first noise for the released way. In a process of its own: that memory is of neither side."""
+    config, run, _, state, batch = ours(size)
+    save(to_release(state.params), folder / "weights")
+    save(batch, folder / "batch")
+    objective = ObjectiveConfig(**run.objective)
+    for i in range(CHECKED):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), i), 0)  # of step i and its only microbatch
+        noise = sample_noise(key, batch, AhaWam(config), objective)
+        drawn = (noise.video, noise.video_times, noise.action[0], noise.action_times[0])
+        save(dict(zip(Noise._fields, drawn, strict=True)), folder / f"noise{i}")
+
+
+class Ours:
+    """The step as `ahawam train` compiles it."""
+
+    def __init__(self, size: str) -> None:
+        _, _, step, self.state, self.batch = ours(size)
+        self.key = jax.random.key(SEED)
+        give_back()  # as `ahawam train`, here and behind
         self.compiled = jax.jit(step, donate_argnums=0).lower(self.state, self.batch, self.key).compile()
-        give_back()  # as `ahawam train`
+        give_back()
 
     def step(self) -> float:
         """The loss."""
@@ -98,7 +112,7 @@ class Ours:
 
 
 class Released:
-    """The released way, from what `Ours` left."""
+    """The released way, from what `leave` left."""
 
     def __init__(self, size: str, folder: Path) -> None:
         run = run_of(size)
@@ -132,9 +146,14 @@ def row(side: Side) -> str:
 def measure(size: str, steps: int, threads: list[int]) -> list[Side]:
     """FIRST, LATER and RELEASED after `steps` timed steps each, in turn."""
     with tempfile.TemporaryDirectory() as folder:
+        alone = multiprocessing.get_context("spawn").Process(target=leave, args=(size, Path(folder)))
+        alone.start()
+        alone.join()
+        if alone.exitcode:
+            sys.exit(f"The process that makes weights and batch {ending(alone.exitcode)}.")
         os.environ |= {FOLDER: f"{folder}/compiled", SHORTEST: "0.1"}
-        made = ((FIRST, Ours), (LATER, Ours), (RELEASED, Released))
-        sides = [Side(name, threads, make, size, Path(folder)) for name, make in made]
+        made = ((FIRST, Ours, size), (LATER, Ours, size), (RELEASED, Released, size, Path(folder)))
+        sides = [Side(name, threads, make, *arguments) for name, make, *arguments in made]
         progress = Progress(WARM_UP + steps, "steps of each")
         for _ in range(WARM_UP + steps):
             progress.add(", ".join(f"{side.name} {side.call('step').seconds:.3g} s" for side in sides), 1)

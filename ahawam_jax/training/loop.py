@@ -155,6 +155,7 @@ def _train(
             with goodput.spent("compile") if step == start + 1 else nullcontext():
                 votes = requests.votes(mesh)
                 if step == start + 1:
+                    give_back()  # programs of the start, in whose place the step's then comes
                     step_fn = hosts.compile_together(step_fn, state, batch, tower, key, votes)
                     give_back()
                 state, metrics, request = step_fn(state, batch, tower, key, votes)
