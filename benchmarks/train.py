@@ -77,6 +77,7 @@ def ours(size: str) -> tuple[ModelConfig, ConfigDict, Any, Any, dict[str, Any]]:
     config = ModelConfig.create(run.model)
     step, create = train_step.step_of(config, run)
     state = jax.jit(create)(jax.random.key(0))
+    give_back()  # as `ahawam train`, here and around the step's compilation
     windows, text = make_windows(run, config), run.towers.text_length
     batch = train_step.random_batch(config, SAMPLES[size], make_canvas(run).size, windows, text)
     return config, run, step, state, batch | {"context": batch["context"].astype(np.float32)}
@@ -101,7 +102,7 @@ class Ours:
     def __init__(self, size: str) -> None:
         _, _, step, self.state, self.batch = ours(size)
         self.key = jax.random.key(SEED)
-        give_back()  # as `ahawam train`, here and behind
+        give_back()
         self.compiled = jax.jit(step, donate_argnums=0).lower(self.state, self.batch, self.key).compile()
         give_back()
 

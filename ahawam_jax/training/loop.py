@@ -155,7 +155,7 @@ def _train(
             with goodput.spent("compile") if step == start + 1 else nullcontext():
                 votes = requests.votes(mesh)
                 if step == start + 1:
-                    give_back()  # programs of the start, in whose place the step's then comes
+                    give_back()  # of all that the start has compiled
                     step_fn = hosts.compile_together(step_fn, state, batch, tower, key, votes)
                     give_back()
                 state, metrics, request = step_fn(state, batch, tower, key, votes)
@@ -219,6 +219,7 @@ def initial_state(
     if checkpoints.latest is not None:
         return checkpoints.restore_state(checkpoints.latest, like), layout
     state = nn.unbox(jax.jit(create, out_shardings=layout)())
+    give_back()  # the program that made it, in whose place others then come
     if start_from:
         _, adapters = without_adapters(state.params)
         state = state.replace(params=None, ema=None, teacher=None)  # their memory is needed

@@ -35,7 +35,7 @@ LAYOUTS = {
     "1x8": Layout(1, 8, dict(fsdp=8)),
 }
 MOVED = ("alone", "1x4", "2x2", "4x1")
-RING = list(zip(MOVED, MOVED[1:] + MOVED[:1], strict=True))
+CONTINUED = (("alone", "1x4"), ("1x4", "2x2"), ("4x1", "alone"))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_losses_are_those_of_one_process(trained: Callable, name: str) -> None:
     assert_same_losses(trained(name)[1], trained("alone")[1])
 
 
-@pytest.mark.parametrize("before, after", RING)
+@pytest.mark.parametrize("before, after", CONTINUED)
 def test_a_run_goes_on_in_another_layout(
     trained: Callable, train: Callable, tmp_path: Path, before: str, after: str
 ) -> None:
@@ -98,7 +98,7 @@ def test_a_run_goes_on_in_another_layout(
     assert_same_losses(rows, trained("alone")[1])
 
 
-@pytest.mark.parametrize("before, after", sorted({*permutations(MOVED, 2)} - {*RING}))
+@pytest.mark.parametrize("before, after", sorted({*permutations(MOVED, 2)} - {*CONTINUED}))
 def test_checkpoints_are_read_in_any_layout(
     trained: Callable, train: Callable, tmp_path: Path, before: str, after: str
 ) -> None:
