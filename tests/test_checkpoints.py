@@ -143,11 +143,10 @@ def test_which_steps_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.fixture(params=["at hand", "on devices"])
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where JAX's arrays are read: by the host, as those of its own CPU devices are, or as those of a GPU."""
     if request.param == "on devices":
         monkeypatch.setattr(checkpoint_sums, "_at_hand", lambda x: not isinstance(x, jax.Array))
-    return request.param
 
 
 @pytest.mark.usefixtures("place")
