@@ -52,7 +52,7 @@ from export.released.training import Noise, ReleasedTraining, Trainer, draw_nois
 MODELS: dict[str, dict[str, Any]] = {
     "demo": {},
     "mid": dict(num_layers=8, num_heads=10, head_dim=48, planner_dim=576, planner_ffn_dim=2304, executor_dim=288,
-                executor_ffn_dim=1152, text_dim=512, num_queries=16, horizon=64, memory_frames=6),
+                executor_ffn_dim=1152, text_dim=512, num_queries=16, horizon=64, memory_frames=6, remat="none"),
     "tiny": train_step.TINY,
 }  # fmt: skip
 SAMPLES = {"demo": 16, "mid": 4, "tiny": 2}

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
         planner_dim=96, planner_ffn_dim=384, executor_dim=96, executor_ffn_dim=384,
         latent_channels=48, text_dim=96, freq_dim=64, action_dim=14, state_dim=14, num_queries=8, initial_gate=-4.0,
         chunk=16, horizon=16, memory_frames=2, memory_anchor=False, video_ratio=8,
-        prediction="sample", dtype="float32", remat="none",
+        prediction="sample", dtype="float32", remat="dots",
     ))  # fmt: skip
 
     # Frozen towers that need no weights.

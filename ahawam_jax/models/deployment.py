@@ -98,7 +98,8 @@ def deploy(
             if donate and index is None and [(x.shape, x.dtype) for x in parts] == [(like.shape, like.dtype)]:
                 held[path] = parts[0]  # a program that hands it on would hold 2 MiB
             else:
-                held[path] = _part(parts, index, like.shape, like.dtype)
+                make = _part_on_host if parts[0].device.platform == "cpu" else _compiled_part
+                held[path] = make(parts, index, like.shape, like.dtype)
         jax.block_until_ready([held[path] for path in paths])
         if donate:
             kept = [held[path] for path in paths]
@@ -131,12 +132,20 @@ def _sources(path: str) -> tuple[str, ...]:
     return ("/".join([first, *rest]),)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _part(parts: list[jax.Array], index: jax.Array | None, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def _part(numpy: Any, parts: list[Any], index: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array of the deployment form, of what it is made of in the training form; numpy: or jax.numpy."""
     if index is not None:
         parts = [x[index] for x in parts]
-    fused = parts[0] if len(parts) == 1 else jnp.stack(parts, -3)
+    fused = parts[0] if len(parts) == 1 else numpy.stack(parts, -3)
     return fused.reshape(shape).astype(dtype)
+
+
+_compiled_part = jax.jit(functools.partial(_part, jnp), static_argnames=("shape", "dtype"))
+
+
+def _part_on_host(parts: list[jax.Array], index: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Of arrays that lie on a CPU. A program for each shape would take longer to compile than all of them to run."""
+    return jax.device_put(_part(np, [np.asarray(x) for x in parts], index, shape, dtype), parts[0].sharding)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -51,7 +51,7 @@ def drive(policy: Policy, episodes: int = 2) -> np.ndarray:
 
 
 def test_products_and_sums_are_not_handed_to_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, where it would cost a chunk more than half its speed; an XLA without such an option goes its own way."""
+    """On a CPU, where it would cost a chunk half its speed; an XLA that has no such option goes its own way."""
     rng = np.random.default_rng(0)
     x, weights = rng.standard_normal((16, 288), np.float32), rng.standard_normal((288, 96), np.float32)
     given = jax.jit(lambda x, weights: (x @ weights, jnp.abs(x).sum(-1))).lower(x, weights)

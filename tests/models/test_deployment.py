@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ahawam_jax.flow_matching import Guide, euler_times, noise_levels
+from ahawam_jax.models import deployment
 from ahawam_jax.models.aha_wam import AhaWam, empty_memory, resident_params
 from ahawam_jax.models.attention import ABSENT_GPU, attention_of
 from ahawam_jax.models.config import PREDICTIONS
@@ -160,3 +161,11 @@ def test_donated_arrays_are_gone() -> None:
     for x in jax.tree.leaves(params):
         assert x.is_deleted() != (id(x) in kept)
     jax.tree.map(np.testing.assert_array_equal, deployed, deploy(CONFIG, random_params(), TIMES))
+
+
+def test_the_host_lays_out_what_a_gpu_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, rounding to bfloat16 included."""
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    on_host = deploy(config, random_params(), TIMES)
+    monkeypatch.setattr(deployment, "_part_on_host", deployment._compiled_part)
+    jax.tree.map(np.testing.assert_array_equal, on_host, deploy(config, random_params(), TIMES))
