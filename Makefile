@@ -70,7 +70,7 @@ test-newest:
 chaos: install-dev
 	$(RUN) -m tests.training.chaos
 
-# A training step allocates its temporaries anew; in pages of 2 MiB that takes a fraction of the time. glibc 2.35 or newer.
+# A training step allocates its temporaries anew; in pages of 2 MiB that takes a fraction of the page faults. glibc 2.35 or newer.
 demo demo-long: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 demo: install

@@ -91,6 +91,8 @@ def deploy(
     held = {}
     for names, paths in sources.items():
         parts = [jnp.asarray(stacked.pop(name)) for name in names]
+        on_host = [device.platform for device in parts[0].devices()] == ["cpu"]
+        make = _part_on_host if on_host else _compiled_part
         for path in paths:
             layer = re.search(r"/blocks_(\d+)/", path)
             index = None if layer is None else np.int32(layer[1])
@@ -98,7 +100,6 @@ def deploy(
             if donate and index is None and [(x.shape, x.dtype) for x in parts] == [(like.shape, like.dtype)]:
                 held[path] = parts[0]  # a program that hands it on would hold 2 MiB
             else:
-                make = _part_on_host if parts[0].device.platform == "cpu" else _compiled_part
                 held[path] = make(parts, index, like.shape, like.dtype)
         jax.block_until_ready([held[path] for path in paths])
         if donate:
@@ -144,7 +145,7 @@ _compiled_part = jax.jit(functools.partial(_part, jnp), static_argnames=("shape"
 
 
 def _part_on_host(parts: list[jax.Array], index: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Of arrays that lie on a CPU. A program for each shape would take longer to compile than all of them to run."""
+    """Of arrays that lie on one CPU device, where programs for all shapes would take longer to compile than to run."""
     return jax.device_put(_part(np, [np.asarray(x) for x in parts], index, shape, dtype), parts[0].sharding)
 
 
